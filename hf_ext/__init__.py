@@ -1,0 +1,52 @@
+"""Published methods behind the names that HuggingFace users already type.
+
+Importing this package imports no torch and no host library. It arms the import hooks of `hf_ext._autoload`, so that
+each host gets our names as soon as it is imported; hosts that are already there get them at once.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hf_ext import _autoload
+
+if TYPE_CHECKING:
+    from hf_ext import anchor_attention
+    from hf_ext.anchor_attention import AnchorPacking
+    from hf_ext.registry import RegistrationError, register, status, unregister
+
+__version__ = "0.1.0"
+
+__all__ = ["AnchorPacking", "RegistrationError", "anchor_attention", "register", "status", "unregister"]
+
+_HOME = {
+    "AnchorPacking": "hf_ext.anchor_attention",
+    "RegistrationError": "hf_ext.registry",
+    "register": "hf_ext.registry",
+    "status": "hf_ext.registry",
+    "unregister": "hf_ext.registry",
+}
+_PACKAGES = ("anchor_attention",)
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"hf_ext.{name}")
+    raise AttributeError(f"module 'hf_ext' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _torch_is_importing_us() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and getattr(torch.__spec__, "_initializing", False)
+
+
+# torch loads this package to reach the entry point; that call arms by itself, and HF_EXT_AUTOLOAD may forbid it.
+if not _torch_is_importing_us():
+    _autoload.arm("import")

@@ -1,0 +1,201 @@
+"""Adds our names to each host right after the host was imported.
+
+torch calls `arm` at the end of `import torch` (entry-point group `torch.backends`); `import hf_ext` and
+`python -m hf_ext.run` call it as well. torch turns any exception raised here into a broken `import torch`, for
+everybody in the environment. Hence: standard library only, every error caught, kept for `hf-ext doctor` and shown
+once as a warning.
+"""
+
+import os
+import sys
+import time
+from _thread import RLock, get_ident
+from types import ModuleType
+from typing import Any
+
+# module whose import triggers us -> (when we run relative to it, host). `registry.TABLE` holds the same rows.
+HOOKS: dict[str, tuple[str, str]] = {
+    "torchvision._meta_registrations": ("before", "torchvision"),
+    "transformers.modeling_utils": ("after", "transformers"),
+}
+
+OFF = ("off", None)
+WAITING = ("waiting", None)
+
+STATE: dict[str, tuple[str, str | None]] = {}  # module -> waiting|running|registered|native|not needed|failed|off, why
+ERRORS: dict[str, BaseException] = {}  # module -> what its registration raised
+CPU_SECONDS: dict[str, float] = {}  # module -> what its registration cost
+CHANNEL: list[str] = []  # "autoload" | "import" | "run", in the order they came
+
+_LOCKS = {module: RLock() for module in HOOKS}
+_LOADING: dict[str, int] = {}  # our own modules that are half loaded -> the thread that loads them
+_DEFERRED: set[str] = set()  # hook modules that came while one of ours was half loaded
+
+
+def arm(channel: str = "autoload") -> None:
+    """Watch for the hosts, and register at once with those already imported. Idempotent; never raises."""
+    try:
+        if channel == "autoload" and os.environ.get("HF_EXT_AUTOLOAD", "1").lower() in ("0", "false", "no", "off"):
+            if not CHANNEL:
+                _forget_ourselves()
+            return
+        if channel not in CHANNEL:
+            CHANNEL.append(channel)
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
+        for name in HOOKS:
+            if STATE.get(name, OFF) == OFF:
+                STATE[name] = WAITING
+            if name in sys.modules:
+                _catch_up(sys.modules[name], name)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        _complain("hf_ext could not arm its import hooks", error)
+
+
+def disarm() -> None:
+    """Stop watching; hosts imported from now on get nothing until `arm` is called again."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+    for name in HOOKS:
+        STATE[name] = OFF
+
+
+def fire(name: str) -> None:
+    """Run the register function behind hook module `name`, once, and keep the outcome in STATE. Never raises."""
+    with _LOCKS[name]:
+        if STATE.get(name, OFF) != WAITING:
+            return
+        if get_ident() in tuple(_LOADING.values()):
+            # A module of ours imports this host right now; our register function would find that module half loaded.
+            _DEFERRED.add(name)
+            return
+        STATE[name] = ("running", None)
+        outcome = WAITING
+        started = time.thread_time()
+        try:
+            from hf_ext import registry
+
+            outcome = registry.apply(HOOKS[name][1])
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            if _LOADING:  # another thread holds one of our modules half loaded; it tries again when it is done
+                _DEFERRED.add(name)
+            else:
+                ERRORS[name] = error
+                outcome = ("failed", f"{type(error).__name__}: {error}")
+                _complain(f"hf_ext could not add its names to {HOOKS[name][1]}", error)
+        finally:
+            CPU_SECONDS[name] = time.thread_time() - started
+            STATE[name] = outcome
+
+
+def _forget_ourselves() -> None:
+    """Leave no trace, else a later `import hf_ext` in the script would find a cached module that does nothing."""
+    for name in [name for name in sys.modules if name == "hf_ext" or name.startswith("hf_ext.")]:
+        del sys.modules[name]
+
+
+def _complain(what: str, error: BaseException) -> None:
+    try:
+        if os.environ.get("HF_EXT_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exception(error)
+        import warnings
+
+        warnings.warn(f"{what}: {type(error).__name__}: {error}. Run `hf-ext doctor`.", RuntimeWarning, stacklevel=2)
+    except Exception:
+        pass  # e.g. python -W error: a warning must not break the import that we were called from
+
+
+def _catch_up(module: ModuleType, name: str) -> None:
+    if HOOKS[name][0] == "after" and getattr(module.__spec__, "_initializing", False):
+        if type(module) is ModuleType:
+            module.__class__ = _HalfImported
+    else:
+        fire(name)
+
+
+class _HalfImported(ModuleType):
+    """The class of a host module that imported torch while it was itself being imported (the finder is too late).
+
+    It registers on the first attribute access after the import ended, then gives the module its own class back.
+    """
+
+    def __getattribute__(self, attribute: str) -> Any:
+        get = ModuleType.__getattribute__
+        if attribute not in ("__spec__", "__dict__", "__class__"):
+            spec = get(self, "__spec__")
+            if not spec._initializing:
+                _settle(self, spec.name)
+        return get(self, attribute)
+
+
+def _settle(module: ModuleType, name: str) -> None:
+    with _LOCKS[name]:
+        if STATE.get(name, OFF)[0] == "running":
+            return  # our own registration touches the module; the outermost call restores the class
+        fire(name)
+        # Last: until our names are in, every other thread has to wait for the lock above.
+        module.__class__ = ModuleType
+
+
+class _Loader:
+    """Stands in for a module's real loader during one import, and hands the module back to it."""
+
+    def __init__(self, loader: Any, name: str) -> None:
+        self._loader, self._name = loader, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._loader, attribute)
+
+    def create_module(self, spec: Any) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._execute(module)
+
+
+class _HostLoader(_Loader):
+    def _execute(self, module: ModuleType) -> None:
+        if HOOKS[self._name][0] == "before":
+            fire(self._name)
+        self._loader.exec_module(module)
+        fire(self._name)
+
+
+class _OwnLoader(_Loader):
+    def _execute(self, module: ModuleType) -> None:
+        _LOADING[self._name] = get_ident()
+        try:
+            self._loader.exec_module(module)
+        finally:
+            del _LOADING[self._name]
+            if not _LOADING:
+                for name in [_DEFERRED.pop() for _ in range(len(_DEFERRED))]:
+                    fire(name)
+
+
+class _Finder:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name in HOOKS:
+            loader = _HostLoader if STATE.get(name) == WAITING else None
+        else:
+            loader = _OwnLoader if name.startswith("hf_ext.") else None
+        if loader is None:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and hasattr(finder, "find_spec"):
+                spec = finder.find_spec(name, path, target)
+                if spec is not None:
+                    if hasattr(spec.loader, "exec_module"):
+                        spec.loader = loader(spec.loader, name)
+                    return spec
+        return None
+
+
+_FINDER = _Finder()

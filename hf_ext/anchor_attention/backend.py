@@ -1,0 +1,198 @@
+"""What transformers calls: the mask function (once a forward) and the attention function (once a layer)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from hf_ext import compat
+from hf_ext.anchor_attention.engines import Options, current_engine, segment_attention
+from hf_ext.anchor_attention.reference import masked_attention
+from hf_ext.anchor_attention.segments import SegmentTable, build_table
+from hf_ext.anchor_attention.support import AnchorUnsupportedError, MaskTouchedError, refusal, who
+
+
+class AnchorMask:
+    """Stands where a mask tensor would. It carries what the attention function needs, once a forward.
+
+    Whoever treats it as a tensor is a layer that computes attention by itself and would ignore the documents; every
+    such touch raises `MaskTouchedError`.
+
+    padding: (B, L) bool, True = real token, or None. window: the width the host's mask call asked for, or None.
+    """
+
+    __slots__ = ("_key", "_model", "_table", "padding", "window")
+
+    def __init__(self, padding: Tensor | None, window: int | None, model: str) -> None:
+        self.padding, self.window, self._model = padding, window, model
+        self._key: Any = None
+        self._table: SegmentTable | None = None
+
+    def table(self, shape: tuple[int, int], position_ids: Tensor, anchor_doc_ids: Tensor | None) -> SegmentTable:
+        """The segments of this forward, built at its first layer."""
+        # Holding the tensors themselves keeps their memory from being reused under the same key.
+        key = (position_ids, position_ids._version, anchor_doc_ids, shape)
+        if self._key is None or not _same(self._key, key):
+            self._table = build_table(shape, position_ids, self.padding, anchor_doc_ids)
+            self._key = key
+        return self._table
+
+    def _touched(self, what: str) -> MaskTouchedError:
+        return MaskTouchedError(refusal(self._model, f"its layers use the attention mask themselves ({what})"))
+
+    def __getattr__(self, name: str) -> Any:
+        raise self._touched(f"mask.{name}")
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        mask = next(x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, cls))
+        raise mask._touched(f"torch.{getattr(function, '__name__', function)}")
+
+
+def _same(old: tuple, new: tuple) -> bool:
+    return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(old, new, strict=True))
+
+
+def _refuse(operator: str) -> Any:
+    def refuse(self: AnchorMask, *_: Any) -> Any:
+        raise self._touched(operator)
+
+    return refuse
+
+
+for _operator in ("getitem", "add", "radd", "sub", "rsub", "mul", "rmul", "eq", "ne", "invert", "iter", "len"):
+    setattr(AnchorMask, f"__{_operator}__", _refuse(f"__{_operator}__"))
+
+
+def anchor_mask(
+    batch_size: int,
+    *,
+    kv_length: int,
+    kv_offset: int = 0,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    **arguments: Any,
+) -> AnchorMask | Tensor | None:
+    """The mask function, registered beside `anchor_attention_forward` and called with the keywords of `sdpa_mask`.
+
+    Whole rows (training, evaluation, prefill of an empty cache) get an AnchorMask. Everything else (decoding,
+    continued prefill, static caches) gets sdpa's mask: there, one row is one document.
+
+    Raises:
+        AnchorUnsupportedError: the host asks for a mask in which a token sees a later one.
+    """
+    q_length, q_offset = compat.query_span(arguments)
+    model = who("the model", config)
+    if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
+        _refuse_looking_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"), model)
+        if attention_mask is not None:
+            attention_mask = attention_mask.bool()
+        return AnchorMask(attention_mask, local_size, model)
+    return sdpa_mask(
+        batch_size=batch_size,
+        kv_length=kv_length,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        local_size=local_size,
+        config=config,
+        **arguments,
+    )
+
+
+def _refuse_looking_ahead(mask_function: Any, batch_size: int, length: int, device: Any, model: str) -> None:
+    """Prefix-LM and image blocks make neighbours see each other, so neighbouring pairs are all that need testing."""
+    if mask_function is None:
+        return
+    query = torch.arange(length - 1, device=device)[None, :]
+    row = torch.arange(batch_size, device=device)[:, None]
+    if torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any():
+        raise AnchorUnsupportedError(refusal(model, "it lets a token see later ones (bidirectional attention)"))
+
+
+def anchor_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AnchorMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    anchor_doc_ids: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function behind `attn_implementation="anchor"`, in the host's calling convention.
+
+    query (B, Hq, L, D), key (B, Hkv, L, D), value (B, Hkv, L, Dv), position_ids (B, L) or (1, L), anchor_doc_ids
+    (B, L) for the shared layout. Returns ((B, L, Hq, Dv), None). Other keywords of the host are not needed here.
+
+    Raises:
+        AnchorUnsupportedError: no position_ids, bidirectional attention, a position bias or a paged cache.
+        ValueError: positions whose shape does not fit the row.
+    """
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise _unsupported(module, "the layer asks for bidirectional or cross attention")
+    if position_bias is not None:
+        raise _unsupported(module, "the layer adds a position bias to its scores")
+    if cache is not None:
+        raise _unsupported(module, "continuous batching (a paged cache) is not available")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
+        return _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
+    if position_ids is None:
+        raise _unsupported(module, "it does not hand position_ids to the attention function")
+
+    shape = (query.shape[0], query.shape[2])
+    if attention_mask is None:  # Ulysses sequence parallelism drops masks; it means "no padding"
+        table = build_table(shape, position_ids, None, anchor_doc_ids)
+    else:
+        table = attention_mask.table(shape, position_ids, anchor_doc_ids)
+        # Some hosts tell the window to the layer, some only to the mask.
+        windows = [window for window in (sliding_window, attention_mask.window) if window is not None]
+        sliding_window = min(windows, default=None)
+    compat.announce("anchor", engine=current_engine())
+    out = segment_attention(query, key, value, table, Options(scaling, sliding_window, softcap, dropout, s_aux))
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _as_sdpa(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Decoding, and masks given by the user: what the host's sdpa does; (B, Lq, Hq, Dv).
+
+    The host's function refuses softcap and ignores sinks, so these two take the written-out formula.
+    """
+    if softcap is None and sinks is None:
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
+    queries, keys = query.shape[2], key.shape[2]
+    if mask is None:  # the host's convention: one query sees all keys, several see those up to their own index
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+        mask = mask if queries == 1 else mask.tril()
+    elif mask.dtype != torch.bool:
+        raise _unsupported(module, "softcap or sinks together with a mask of numbers; give a boolean mask")
+    out = masked_attention(*(query, key, value, mask), scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+    return out.transpose(1, 2).contiguous()
+
+
+def _unsupported(module: torch.nn.Module, reason: str) -> AnchorUnsupportedError:
+    return AnchorUnsupportedError(refusal(who(type(module).__name__, getattr(module, "config", None)), reason))

@@ -1,0 +1,151 @@
+"""Every version branch and every host workaround, each with the range it serves and when it may go.
+
+Imports none of our modules, and the hosts only inside functions.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import wraps
+from importlib import metadata
+from typing import Any
+
+# What the test lanes cover. Outside, names are still added when the interfaces exist, and doctor says "untested".
+TESTED = {
+    "torch": ">=2.6,<3",
+    "transformers": ">=4.56,<6",
+    "peft": ">=0.17,<1",
+    "timm": ">=1.0.15,<2",
+    "evaluate": ">=0.4.3,<1",
+    "datasets": ">=3.0,<6",
+    "accelerate": ">=1.0,<2",
+    "torchvision": ">=0.21,<1",
+}
+
+
+class RegistrationError(RuntimeError):
+    """A name of ours is in use by somebody else. The text names the host, the name and the holder."""
+
+
+def supported(library: str) -> tuple[str | None, str, bool]:
+    """(installed version or None, tested range, whether the one is inside the other) of a host library."""
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        installed = metadata.version(library)
+    except metadata.PackageNotFoundError:
+        return None, TESTED[library], True
+    return installed, TESTED[library], SpecifierSet(TESTED[library]).contains(installed, prereleases=True)
+
+
+def claim_all(entries: Iterable[tuple[MutableMapping[str, Any], str, Any]], host: str) -> None:
+    """Write `table[name] = ours` for all `entries` (table, name, ours), or none if somebody else holds a name.
+
+    Raises:
+        RegistrationError: naming the host, the name, and the module and file of its holder.
+    """
+    entries = list(entries)
+    for table, name, ours in entries:
+        holder = table.get(name, ours)
+        if holder is not ours:
+            module = getattr(holder, "__module__", type(holder).__module__)
+            file = getattr(sys.modules.get(module), "__file__", None) or "no file"
+            raise RegistrationError(
+                f"{host} already has {name!r}, from {module} ({file}); hf_ext leaves it there. "
+                f"Uninstall or unregister one of the two."
+            )
+    for table, name, ours in entries:
+        table[name] = ours
+
+
+# --- torchvision on a CPU build of torch: the index's torchvision is built for CUDA, its operators do not load, and
+# --- `import torchvision` dies of "operator torchvision::nms does not exist". Goes when torchvision guards its fakes.
+
+
+def add_torchvision_schemas() -> str | None:
+    import torch
+
+    if torch.version.cuda or hasattr(torch.ops.torchvision, "nms"):
+        return "not needed"
+    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return None
+
+
+def remove_torchvision_schemas() -> None:
+    """Nothing to undo: torchvision has bound its own code to the schemas by now, and they add no behaviour."""
+
+
+# --- transformers >= 4.56: attention functions
+
+
+def attention_tables() -> tuple[MutableMapping[str, Callable], MutableMapping[str, Callable]]:
+    """The host's tables of attention functions and of mask functions, shared by all its model classes."""
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.modeling_utils import AttentionInterface
+
+    return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+
+
+def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:
+    """(number of queries, index of the first one) from the keywords of a mask function.
+
+    Up to transformers 5.0 they arrive as `cache_position`, from 5.5 on as `q_length` and `q_offset` (which may be a
+    tensor). Goes when 5.5 is the lowest version.
+    """
+    if "cache_position" in mask_arguments:
+        positions = mask_arguments["cache_position"]
+        return positions.shape[0], positions[0]
+    return mask_arguments["q_length"], mask_arguments["q_offset"]
+
+
+_LOAD_CHECK = "get_correct_attn_implementation"
+
+
+def wrap_load_check(check: Callable[[Any, str], None]) -> None:
+    """Have `check(model, name)` run whenever transformers has accepted an attention name for a model.
+
+    `PreTrainedModel.__init__` and `set_attn_implementation` both pass through the wrapped method; `check` raises to
+    refuse. Idempotent.
+    """
+    from transformers import PreTrainedModel
+
+    original = getattr(PreTrainedModel, _LOAD_CHECK)
+    if getattr(original, "hf_ext_check", None) is check:
+        return
+
+    @wraps(original)
+    def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
+        name = original(self, *args, **kwargs)
+        check(self, name)
+        return name
+
+    get_correct_attn_implementation.hf_ext_check = check
+    setattr(PreTrainedModel, _LOAD_CHECK, get_correct_attn_implementation)
+
+
+def unwrap_load_check(check: Callable[[Any, str], None]) -> None:
+    from transformers import PreTrainedModel
+
+    current = getattr(PreTrainedModel, _LOAD_CHECK)
+    if getattr(current, "hf_ext_check", None) is not check:
+        raise RegistrationError(
+            f"PreTrainedModel.{_LOAD_CHECK} was replaced by {current.__module__} after hf_ext wrapped it; "
+            f"undo that first, then unregister again."
+        )
+    setattr(PreTrainedModel, _LOAD_CHECK, current.__wrapped__)
+
+
+# --- what is really executed, for people who debug a string
+
+
+_ANNOUNCED: set[str] = set()
+
+
+def announce(name: str, **details: Any) -> None:
+    """With HF_EXT_DEBUG=1: one line on stderr the first time `name` is executed in this process."""
+    if name in _ANNOUNCED or os.environ.get("HF_EXT_DEBUG") != "1":
+        return
+    _ANNOUNCED.add(name)
+    details |= {"pid": os.getpid(), "rank": os.environ.get("RANK", "0")}
+    print(f"hf_ext: using {name} ({', '.join(f'{k}={v}' for k, v in details.items())})", file=sys.stderr, flush=True)

@@ -1,0 +1,110 @@
+"""THE table: which names we add to which host, and the functions that add and remove them."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hf_ext import _autoload
+from hf_ext.compat import RegistrationError
+
+__all__ = ["TABLE", "RegistrationError", "Row", "apply", "register", "status", "unregister"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Names added to one host.
+
+    `module` is the module of the host whose import triggers us, `when` says whether we run before or after it
+    executes. `add` and `remove` are "module:function". `add` returns None once its names are in, or "native" (the host
+    has them itself) or "not needed"; it raises `RegistrationError` where a name belongs to somebody else.
+    """
+
+    host: str
+    module: str
+    when: str
+    names: tuple[str, ...]
+    add: str
+    remove: str
+
+
+TABLE = (
+    Row(
+        host="torchvision",
+        module="torchvision._meta_registrations",
+        when="before",
+        names=("torchvision::nms", "torchvision::qnms"),
+        add="hf_ext.compat:add_torchvision_schemas",
+        remove="hf_ext.compat:remove_torchvision_schemas",
+    ),
+    Row(
+        host="transformers",
+        module="transformers.modeling_utils",
+        when="after",
+        names=("anchor",),
+        add="hf_ext.anchor_attention.register:add",
+        remove="hf_ext.anchor_attention.register:remove",
+    ),
+)
+
+
+def register() -> dict[str, dict[str, Any]]:
+    """Add our names to every host, now where it is imported and on its import where it is not. Idempotent.
+
+    Returns `status()`. Hosts that failed before are tried again.
+
+    Raises:
+        RegistrationError: a name is already taken by somebody else (theirs stays; the other hosts are served first).
+    """
+    for module in [module for module, (state, _) in _autoload.STATE.items() if state == "failed"]:
+        _autoload.STATE[module] = _autoload.WAITING
+        _autoload.ERRORS.pop(module, None)
+    _autoload.arm("import")
+    for error in _autoload.ERRORS.values():
+        if isinstance(error, RegistrationError):
+            raise error
+    return status()
+
+
+def unregister() -> None:
+    """Take every name of ours out again, so that each host is as if we had never been imported.
+
+    A later `register()` works again. Living modules keep working where the host does not look the name up again.
+
+    Raises:
+        RegistrationError: somebody wrapped or replaced what we added; it then stays, and everything else is removed.
+    """
+    errors = []
+    for row in TABLE:
+        if _autoload.STATE.get(row.module, _autoload.OFF)[0] == "registered":
+            try:
+                _resolve(row.remove)()
+            except RegistrationError as error:
+                errors.append(error)
+    _autoload.disarm()
+    if errors:
+        raise errors[0]
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """State of every host: {host: {"state", "names", "reason", "module"}}.
+
+    state: "waiting" (host not imported yet), "running", "registered", "native" (the host has the names itself),
+    "not needed", "failed" (see "reason"), "off".
+    """
+    report = {}
+    for row in TABLE:
+        state, reason = _autoload.STATE.get(row.module, _autoload.OFF)
+        entry = report.setdefault(row.host, {"state": state, "names": [], "reason": reason, "module": row.module})
+        entry["names"] += row.names
+    return report
+
+
+def apply(host: str) -> tuple[str, str | None]:
+    """Run the `add` of every row of `host`; returns the state to record and the reason for it."""
+    outcomes = {_resolve(row.add)() for row in TABLE if row.host == host}
+    return (outcomes.pop() or "registered", None) if len(outcomes) == 1 else ("registered", None)
+
+
+def _resolve(path: str) -> Any:
+    module, _, function = path.partition(":")
+    return getattr(import_module(module), function)

@@ -1,0 +1,31 @@
+"""One thread, no network, caches of its own: set before any test module imports torch."""
+
+import os
+import tempfile
+
+_CACHE = tempfile.mkdtemp(prefix="hf_ext_tests_")
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HOME": _CACHE,
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_EVALUATE_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "WANDB_DISABLED": "true",
+}
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import hf_ext  # noqa: E402, F401
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
