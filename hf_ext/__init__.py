@@ -4,12 +4,16 @@ Importing this package imports no torch and no host library. It arms the import 
 each host gets our names as soon as it is imported; hosts that are already there get them at once.
 """
 
+from __future__ import annotations
+
 import sys
-from typing import TYPE_CHECKING, Any
 
 from hf_ext import _autoload
 
+TYPE_CHECKING = False  # importing typing would cost more than this whole package
 if TYPE_CHECKING:
+    from typing import Any
+
     from hf_ext import anchor_attention
     from hf_ext.anchor_attention import AnchorPacking
     from hf_ext.registry import RegistrationError, register, status, unregister

@@ -6,12 +6,18 @@ everybody in the environment. Hence: standard library only, every error caught, 
 once as a warning.
 """
 
+from __future__ import annotations
+
 import os
 import sys
 import time
 from _thread import RLock, get_ident
-from types import ModuleType
-from typing import Any
+
+TYPE_CHECKING = False  # importing typing would cost more than everything else here
+if TYPE_CHECKING:
+    from typing import Any
+
+ModuleType = type(sys)
 
 # module whose import triggers us -> (when we run relative to it, host). `registry.TABLE` holds the same rows.
 HOOKS: dict[str, tuple[str, str]] = {
@@ -35,7 +41,7 @@ _DEFERRED: set[str] = set()  # hook modules that came while one of ours was half
 def arm(channel: str = "autoload") -> None:
     """Watch for the hosts, and register at once with those already imported. Idempotent; never raises."""
     try:
-        if channel == "autoload" and os.environ.get("HF_EXT_AUTOLOAD", "1").lower() in ("0", "false", "no", "off"):
+        if channel == "autoload" and switched_off():
             if not CHANNEL:
                 _forget_ourselves()
             return
@@ -54,6 +60,10 @@ def arm(channel: str = "autoload") -> None:
         _complain("hf_ext could not arm its import hooks", error)
 
 
+def switched_off() -> bool:
+    return os.environ.get("HF_EXT_AUTOLOAD", "1").lower() in ("0", "false", "no", "off")
+
+
 def disarm() -> None:
     """Stop watching; hosts imported from now on get nothing until `arm` is called again."""
     if _FINDER in sys.meta_path:
@@ -67,7 +77,7 @@ def fire(name: str) -> None:
     with _LOCKS[name]:
         if STATE.get(name, OFF) != WAITING:
             return
-        if get_ident() in tuple(_LOADING.values()):
+        if HOOKS[name][0] == "after" and get_ident() in tuple(_LOADING.values()):
             # A module of ours imports this host right now; our register function would find that module half loaded.
             _DEFERRED.add(name)
             return

@@ -4,11 +4,17 @@ Imports none of our modules, and the hosts only inside functions.
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from functools import wraps
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 # What the test lanes cover. Outside, names are still added when the interfaces exist, and doctor says "untested".
 TESTED = {
@@ -29,13 +35,42 @@ class RegistrationError(RuntimeError):
 
 def supported(library: str) -> tuple[str | None, str, bool]:
     """(installed version or None, tested range, whether the one is inside the other) of a host library."""
-    from packaging.specifiers import SpecifierSet
-
     try:
         installed = metadata.version(library)
     except metadata.PackageNotFoundError:
         return None, TESTED[library], True
     return installed, TESTED[library], SpecifierSet(TESTED[library]).contains(installed, prereleases=True)
+
+
+def pair_problems() -> list[str]:
+    """Versions that are fine alone but not together, each with its cure."""
+    transformers, peft = find_spec("transformers"), supported("peft")[0]
+    if transformers is None or peft is None:
+        return []
+    # Read, not imported: the module pulls in half of transformers.
+    source = Path(transformers.origin).with_name("integrations") / "peft.py"
+    needed = re.search(r'MIN_PEFT_VERSION = "([\d.]+)"', source.read_text()) if source.exists() else None
+    if needed is None or Version(peft) >= Version(needed[1]):
+        return []
+    return [
+        f"transformers {supported('transformers')[0]} loads adapters only with peft >= {needed[1]}, and {peft} is "
+        f"installed. `pip install -U 'peft>={needed[1]}'` (PeftModel.from_pretrained works as it is)."
+    ]
+
+
+def reads_attention_from_config() -> bool:
+    """Whether `attn_implementation` in a config.json takes effect: from transformers 5.5 on; before, it is ignored."""
+    return Version(metadata.version("transformers")) >= Version("5.5.0")
+
+
+def import_cure(library: str, error: BaseException) -> str:
+    """What to do when `library` is installed but does not import."""
+    if "torchvision::nms" in str(error):
+        return (
+            "torchvision's operators do not load on this build of torch. `import hf_ext` first cures it; so does "
+            "installing both from one index, `pip install --force-reinstall torch torchvision`."
+        )
+    return f"Try `pip install --force-reinstall {library}`."
 
 
 def claim_all(entries: Iterable[tuple[MutableMapping[str, Any], str, Any]], host: str) -> None:

@@ -13,6 +13,8 @@ from hf_ext.anchor_attention.segments import SegmentTable
 
 # Up to this length, one call on a batch of padded segments beats one call a segment (measured on CPU).
 SHORT = 64
+# Slots of short segments computed together: more would only make the temporary copies leave the caches.
+CHUNK = 2048
 # Queries at once where a mask has to be written out.
 BLOCK = 256
 
@@ -35,6 +37,8 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], options: Options
     """Long segments are views of the input; neighbouring short ones form a run, and all runs are computed at once."""
     if len(set(lengths)) == 1:
         return _equal_segments(q, k, v, lengths[0], options)
+    if max(lengths) <= SHORT:
+        return _short_segments(q, k, v, lengths, options)
     pieces = []  # (slots, is a run)
     for short, group in groupby(lengths, lambda length: length <= SHORT):
         group = list(group)
@@ -61,6 +65,16 @@ def _equal_segments(q: Tensor, k: Tensor, v: Tensor, length: int, options: Optio
 
 
 def _short_segments(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], options: Options) -> Tensor:
+    chunks: list[list[int]] = [[]]
+    for length in lengths:
+        if sum(chunks[-1]) + length > CHUNK:
+            chunks.append([])
+        chunks[-1].append(length)
+    parts = zip(*(x.split([sum(chunk) for chunk in chunks]) for x in (q, k, v)), chunks, strict=True)
+    return torch.cat([_padded_batches(*part, options) for part in parts])
+
+
+def _padded_batches(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], options: Options) -> Tensor:
     """Segments of similar length share a batch, padded at their ends, where only padding can see the padding."""
     length = torch.tensor(lengths)
     start = length.cumsum(0) - length

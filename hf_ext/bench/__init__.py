@@ -1,0 +1,33 @@
+"""The side-by-side benchmarks behind `hf-ext bench`, one module a method: `rows(quick)` yields its measurements."""
+
+from importlib import import_module
+from pathlib import Path
+
+from hf_ext.bench.harness import cells, machine, save
+
+
+def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: bool = False) -> bool:
+    """Run benchmark `name`, print its table, and save NAME.json and NAME.md in `out`.
+
+    Returns whether every target was met (`quick` runs have none) and, with `require_cuda`, no CUDA row was skipped.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    rows = []
+    for row in import_module(f"hf_ext.bench.{name}").rows(quick):
+        rows.append(row)
+        console.print(f"[dim]{' | '.join(cell for cell in cells(row) if cell)}[/dim]", highlight=False)
+    about = machine()
+    table = Table("measured", "ours", "peer", "peer / ours", "target", "met", title=f"hf-ext bench {name}")
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    if out is not None:
+        save(out, name, rows, about)
+    missed = not quick and any(row.met is False for row in rows)
+    lacking = require_cuda and any(row.skipped and "CUDA" in row.skipped for row in rows)
+    if lacking:
+        console.print("[red]--require-cuda: CUDA rows were skipped[/red]")
+    return not missed and not lacking

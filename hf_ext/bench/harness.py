@@ -1,0 +1,144 @@
+"""Paired timing and result tables for the benchmarks."""
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a benchmark.
+
+    `ours` and `peer` are medians in `unit`; `ratio` is the median of the pairwise ratios peer / ours (above 1: ours is
+    faster or smaller). `target` says what is to be reached, `met` whether it was; both None where a row only reports.
+    `skipped` is the reason why nothing was measured.
+    """
+
+    what: str
+    peer_name: str
+    ours: float | None = None
+    peer: float | None = None
+    ratio: float | None = None
+    unit: str = "s"
+    target: str | None = None
+    met: bool | None = None
+    skipped: str | None = None
+
+
+def paired(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[float, float, float]:
+    """Medians of ours, of the peer and of peer / ours, in CPU seconds; run in turn after one warm-up each."""
+    ours(), peer()
+    pairs = [(_cpu_seconds(ours), _cpu_seconds(peer)) for _ in range(repeats)]
+    return (
+        statistics.median(a for a, _ in pairs),
+        statistics.median(b for _, b in pairs),
+        statistics.median(b / a for a, b in pairs),
+    )
+
+
+def compare(
+    what: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    peer_name: str,
+    repeats: int,
+    at_least: float | None = None,
+) -> Row:
+    """A row of times, met when peer / ours is `at_least` that."""
+    a, b, ratio = paired(ours, peer, repeats)
+    if at_least is None:
+        return Row(what, peer_name, a, b, ratio)
+    return Row(what, peer_name, a, b, ratio, target=f">= {at_least:.2f} x", met=ratio >= at_least)
+
+
+def compare_cuda(
+    what: str, ours: Callable[[], object], peer: Callable[[], object], *, peer_name: str, repeats: int = 10
+) -> Row:
+    """A row of times on the current CUDA device, run in turn, by CUDA events."""
+    import torch
+
+    def seconds(function: Callable[[], object]) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        stop.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    ours(), peer()
+    pairs = [(seconds(ours), seconds(peer)) for _ in range(repeats)]
+    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return Row(what, peer_name, a, b, statistics.median(y / x for x, y in pairs))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on: processor, device, threads, versions."""
+    import torch
+
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("hf-ext", "torch", "transformers")},
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def markdown(title: str, rows: Iterable[Row], about: dict[str, Any]) -> str:
+    lines = [
+        f"## {title}",
+        "",
+        f"{about['processor']}, {about['cores']} cores, {about['threads']} thread(s), {about['device']}; "
+        + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        + f"; {about['date']}",
+        "",
+        "| measured | ours | peer | peer / ours | target | met |",
+        "|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in rows), ""])
+
+
+def cells(row: Row) -> list[str]:
+    if row.skipped:
+        return [row.what, "skipped", row.skipped, "", row.target or "", ""]
+    met = "" if row.met is None else "yes" if row.met else "NO"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    peer = row.peer_name if row.peer is None else f"{_number(row.peer, row.unit)} ({row.peer_name})"
+    return [row.what, _number(row.ours, row.unit), peer, ratio, row.target or "", met]
+
+
+def save(out: Path, name: str, rows: list[Row], about: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"machine": about, "rows": [asdict(row) for row in rows]}
+    (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / f"{name}.md").write_text(markdown(f"hf-ext bench {name}", rows, about))
+
+
+def _cpu_seconds(function: Callable[[], object]) -> float:
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def _number(value: float, unit: str) -> str:
+    if unit == "s":
+        return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return f"{value:.0f} {unit}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

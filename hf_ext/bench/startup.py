@@ -1,0 +1,81 @@
+"""What hf_ext costs a process that does not use it: the hook at the end of `import torch`, and `import hf_ext`."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from hf_ext.bench.harness import Row
+
+# The work of torch's autoload for one entry point: load it, call it. Timed inside the process, since a whole
+# `import torch` varies by more between two runs than this costs.
+_HOOK = """
+import time, os
+os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+import torch
+from importlib.metadata import entry_points
+hook = next(entry for entry in entry_points(group="torch.backends") if entry.name == "hf_ext")
+torch.__spec__._initializing = True  # as it is when torch itself calls the hook
+start = time.process_time()
+hook.load()()
+print(time.process_time() - start)
+"""
+_IMPORT = """
+import time
+start = time.process_time()
+import hf_ext
+print(time.process_time() - start)
+"""
+_LATER = """
+import os, sys, time, tempfile
+{arm}
+folder = tempfile.mkdtemp()
+for i in range(400):
+    open(os.path.join(folder, f"empty_module_{{i}}.py"), "w").close()
+sys.path.insert(0, folder)
+sys.dont_write_bytecode = True
+start = time.process_time()
+for i in range(400):
+    __import__(f"empty_module_{{i}}")
+print((time.process_time() - start) / 400)
+"""
+_FIRST_FIRE = """
+import sys, torch, transformers.modeling_utils
+print(sys.modules["hf_ext._autoload"].CPU_SECONDS["transformers.modeling_utils"])
+"""
+
+
+def rows(quick: bool = False) -> Iterator[Row]:
+    """Least CPU seconds of several fresh processes, those with and without the hook in turn."""
+    repeats = 3 if quick else 7
+    with tempfile.TemporaryDirectory() as bytecode:  # compiled once, as in an installed package
+        run = partial(_seconds, bytecode)
+        run(_HOOK)
+        hook, off = _interleaved(lambda: run(_HOOK), lambda: run(_HOOK, HF_EXT_AUTOLOAD="0"), repeats)
+        yield _at_most("hook at the end of `import torch`", hook, "HF_EXT_AUTOLOAD=0", off, 2e-3)
+        armed, plain = _interleaved(
+            lambda: run(_LATER.format(arm="import hf_ext")), lambda: run(_LATER.format(arm="")), repeats
+        )
+        yield _at_most("what each later import pays", max(armed - plain, 0.0), "an empty module", plain, 1e-6)
+        import_alone = min(run(_IMPORT) for _ in range(repeats))
+        yield _at_most("`import hf_ext` in a fresh process", import_alone, "", None, 5e-3)
+        first_fire = min(run(_FIRST_FIRE) for _ in range(1 if quick else 3))
+        yield _at_most("adding the names to transformers", first_fire, "", None, 30e-3)
+
+
+def _at_most(what: str, ours: float, peer_name: str, peer: float | None, limit: float) -> Row:
+    return Row(what, peer_name, ours, peer, target=f"<= {limit * 1e3:g} ms", met=ours <= limit)
+
+
+def _interleaved(a: Callable[[], float], b: Callable[[], float], repeats: int) -> tuple[float, float]:
+    pairs = [(a(), b()) for _ in range(repeats)]
+    return min(x for x, _ in pairs), min(y for _, y in pairs)
+
+
+def _seconds(bytecode: str, code: str, **env: str) -> float:
+    inherited = {k: v for k, v in os.environ.items() if k not in ("HF_EXT_AUTOLOAD", "PYTHONDONTWRITEBYTECODE")}
+    environment = inherited | {"PYTHONPYCACHEPREFIX": bytecode} | env
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return float(done.stdout)

@@ -1,0 +1,122 @@
+"""hf-ext doctor | demo | bench"""
+
+import json
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Published methods behind the names HuggingFace users already type.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BENCHMARKS = ("anchor", "startup")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole report as JSON.")] = False,
+    model: Annotated[Path | None, typer.Option(help="A model folder: which of our strings it carries.")] = None,
+) -> None:
+    """Tell whether a script that never imports hf_ext gets its names here. Exit status 1 if something is wrong."""
+    from hf_ext.doctor import examine
+
+    try:
+        report = examine(model)
+    except ValueError as error:
+        _refuse(str(error))
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _show(report)
+    raise typer.Exit(0 if report["ok"] else 1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo writes.")] = Path("demo_out"),
+    quick: Annotated[bool, typer.Option("--quick", help="A few steps only: to see that everything runs.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an output folder of an earlier demo.")
+    ] = False,
+) -> None:
+    """Train on real text, once with what the hosts offer and once with each of our names; one table, one picture."""
+    from hf_ext.demo.report import DemoError, run_demo
+
+    try:
+        passed = run_demo(out, quick=quick, overwrite=overwrite)
+    except DemoError as error:
+        _refuse(str(error))
+    raise typer.Exit(0 if passed else 1)
+
+
+@app.command()
+def bench(
+    methods: Annotated[
+        list[str] | None, typer.Argument(help=f"Any of: {', '.join(BENCHMARKS)}. All by default.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.md.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes: to see that it runs; the numbers mean little.")
+    ] = False,
+    require_cuda: Annotated[
+        bool, typer.Option("--require-cuda", help="Exit 1 if a CUDA row has to be skipped.")
+    ] = False,
+) -> None:
+    """Measure our methods beside their peers in one run. Exit status 1 if a target was missed (not with --quick)."""
+    from hf_ext.bench import measure
+
+    for method in methods or ():
+        if method not in BENCHMARKS:
+            near = get_close_matches(method, BENCHMARKS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            _refuse(f"there is no benchmark {method!r}; there are {', '.join(BENCHMARKS)}.{hint}")
+    good = [measure(method, out, quick=quick, require_cuda=require_cuda) for method in methods or BENCHMARKS]
+    raise typer.Exit(0 if all(good) else 1)
+
+
+def main() -> None:
+    app()
+
+
+def _refuse(message: str) -> None:
+    typer.echo(f"hf-ext: {message}", err=True)
+    raise typer.Exit(2)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    about = report["hf_ext"]
+    console.print(f"hf_ext {about['version']}, Python {report['python']}, names reach scripts by: {report['channel']}")
+    hosts = Table("host", "version", "names", "state", "reason")
+    for name, host in report["hosts"].items():
+        hosts.add_row(name, host["version"] or "-", ", ".join(host["names"]), host["state"], host["reason"] or "")
+    engines = Table("attention engine", "chosen", "reason")
+    for engine in report["engines"]:
+        engines.add_row(engine["name"], "yes" if engine["chosen"] else "no", engine["reason"])
+    versions = Table("library", "installed", "tested", "")
+    for name, version in report["versions"].items():
+        versions.add_row(name, version["installed"] or "-", version["tested"], "" if version["ok"] else "untested")
+    for table in (hosts, engines, versions):
+        console.print(table)
+    if report["model"]:
+        _show_model(report["model"], console)
+    for problem in report["problems"]:
+        console.print(f"[red]problem:[/red] {problem}", highlight=False)
+    if report["ok"]:
+        console.print("[green]No problems.[/green]")
+
+
+def _show_model(model: dict[str, Any], console: Any) -> None:
+    for string in model["strings"]:
+        effect = "takes effect" if string["effective"] else f"has no effect: {string['reason']}"
+        console.print(f"{model['path']}/{string['file']}: {string['key']} = {string['value']!r} {effect}")
+    if not model["strings"]:
+        console.print(f"{model['path']} carries none of our strings")

@@ -1,0 +1,187 @@
+"""`hf-ext demo`: runs an ordinary training script with and without our names, and shows what changed.
+
+A method's module offers `prepare(out, quick) -> [Run]`, `judge(out) -> Outcome` and `panel(axes, outcome)`. A further
+method adds one such file and its line in METHODS.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+METHODS = ("anchor",)
+
+# One thread a process and two processes at a time: tiny models only lose by sharing their cores.
+AT_ONCE = 2
+ENVIRONMENT = {"HF_EXT_DEBUG": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
+
+# What the demo writes, and so what --overwrite may delete.
+FILES = ("train.py", "tokenizer", "packed", "model", "runs", "results.json", "demo.png")
+
+
+class DemoError(Exception):
+    """Something the user has to put right first."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One process: `command` after the interpreter, run in the output folder, showing a progress bar of `steps` steps.
+
+    proof: the name of ours that the process must say it executed (HF_EXT_DEBUG), or None if it must not use any.
+    """
+
+    name: str
+    command: list[str]
+    steps: int
+    proof: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the table; `passed` says whether `check` held, `numbers` go to results.json."""
+
+    string: str
+    baseline: str
+    ours: str
+    check: str
+    passed: bool
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+
+def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> bool:
+    """Run every method's demo in the folder `out`; returns whether every check held.
+
+    Raises:
+        DemoError: the folder cannot be used, or a process failed.
+    """
+    console = Console()
+    _make_folder(out, overwrite)
+    shutil.copy(Path(__file__).with_name("train.py"), out / "train.py")
+    methods = [import_module(f"hf_ext.demo.{name}") for name in METHODS]
+    console.print(f"Writing text, tokenizer, packed rows and model configuration to {out} ...")
+    try:
+        runs = [run for method in methods for run in method.prepare(out, quick)]
+    except LookupError as error:
+        raise DemoError(str(error)) from error
+    _run_all(runs, out)
+    outcomes = [method.judge(out) for method in methods]
+    _show(outcomes, console)
+    results = {outcome.string: outcome.numbers | {"passed": outcome.passed} for outcome in outcomes}
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    _draw(methods, outcomes, out / "demo.png", console)
+    return all(outcome.passed for outcome in outcomes)
+
+
+def _make_folder(out: Path, overwrite: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out {out} is a file; name a folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        occupied = any(out.iterdir())
+        if occupied and not overwrite:
+            raise DemoError(f"--out {out} is not empty; name another folder, or replace it with --overwrite")
+        for path in (out / name for name in FILES):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        probe = out / "results.json"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DemoError(f"--out {out} cannot be written to: {error.strerror}") from error
+
+
+# --- processes
+
+
+def _run_all(runs: list[Run], out: Path) -> None:
+    print(f"$ cd {shlex.quote(str(out))}")
+    for run in runs:
+        switches = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
+        print("$", *switches, shlex.join([sys.executable, *run.command]), flush=True)
+    bars = [
+        tqdm(desc=run.name, total=run.steps, position=i, mininterval=1, bar_format=BAR) for i, run in enumerate(runs)
+    ]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        logs = list(pool.map(lambda run, bar: _run(run, out, bar), runs, bars))
+    for bar in bars:
+        bar.close()
+    for run, (status, log) in zip(runs, logs, strict=True):
+        if status:
+            raise DemoError(f"{run.name}: exit status {status}. Its last lines:\n{log[-3000:]}")
+        used = set(re.findall(r"^hf_ext: using (\S+) \(", log, re.MULTILINE))
+        if used != {run.proof} - {None}:
+            raise DemoError(
+                f"{run.name} should have executed {run.proof or 'no name of ours'}, and executed {used or 'none'}"
+            )
+
+
+def _run(run: Run, out: Path, bar: tqdm) -> tuple[int, str]:
+    """Run to the end, moving `bar` along with the script's own progress bar; returns exit status and output."""
+    with subprocess.Popen(
+        [sys.executable, *run.command],
+        cwd=out,
+        env=os.environ | ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        log = b""
+        while chunk := process.stdout.read1():
+            log += chunk
+            for done, total in re.findall(rb"(\d+)/(\d+) \[", chunk):
+                if int(total) == run.steps:
+                    bar.update(int(done) - bar.n)
+    return process.returncode, log.decode(errors="replace").replace("\r", "\n")
+
+
+# --- table and picture
+
+
+def _show(outcomes: list[Outcome], console: Console) -> None:
+    table = Table(show_lines=True)
+    for column in ("string typed", "baseline", "with hf_ext", "check"):
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        verdict = "[green]ok[/green]" if outcome.passed else "[bold red]FAIL[/bold red]"
+        table.add_row(outcome.string, outcome.baseline, outcome.ours, f"{verdict}: {outcome.check}")
+    console.print(table)
+
+
+def _draw(methods: list[ModuleType], outcomes: list[Outcome], path: Path, console: Console) -> None:
+    if find_spec("matplotlib") is None:
+        console.print("No picture: matplotlib is missing. `pip install 'hf-ext\\[demo]'` brings it.")
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(len(methods), 3)
+    lines = -(-len(methods) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(15, 5 * lines), dpi=110, squeeze=False, layout="constrained"
+    )
+    for method, outcome, one in zip(methods, outcomes, axes.flat, strict=False):
+        method.panel(one, outcome)
+    for unused in axes.flat[len(methods) :]:
+        unused.set_axis_off()
+    figure.savefig(path)
+    pyplot.close(figure)
+    console.print(f"Picture: {path}")

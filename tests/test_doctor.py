@@ -1,0 +1,151 @@
+"""`hf-ext doctor`: what it says of a fresh interpreter, and when it calls that a problem."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_ext import compat, doctor, registry
+
+
+def run_doctor(*arguments: str, **env: str) -> tuple[int, dict]:
+    command = [sys.executable, "-c", "from hf_ext.cli import main; main()", "doctor", "--json", *arguments]
+    done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
+    return done.returncode, json.loads(done.stdout) if done.stdout.startswith("{") else {"stderr": done.stderr}
+
+
+@pytest.fixture(scope="module")
+def healthy() -> tuple[int, dict]:
+    return run_doctor()
+
+
+@pytest.mark.smoke
+def test_every_host_is_registered_by_autoload(healthy):
+    status, report = healthy
+    assert (status, report["ok"], report["problems"]) == (0, True, [])
+    assert report["channel"] == "autoload"
+    assert set(report["hosts"]) == {row.host for row in registry.TABLE}
+    assert all(host["state"] in ("registered", "native", "not needed") for host in report["hosts"].values())
+
+
+def test_schema(healthy):
+    _, report = healthy
+    expected = {"ok", "problems", "channel", "python", "hf_ext", "versions", "hosts", "engines", "model"}
+    assert set(report) == expected
+    assert set(report["hf_ext"]) == {"version", "path", "editable"}
+    assert set(report["versions"]) == set(compat.TESTED)
+    assert all(set(version) == {"installed", "tested", "ok"} for version in report["versions"].values())
+    assert all(set(host) == {"state", "names", "reason", "module", "version"} for host in report["hosts"].values())
+
+
+def test_one_engine_is_chosen_and_the_others_say_why_not(healthy):
+    _, report = healthy
+    chosen = [engine for engine in report["engines"] if engine["chosen"]]
+    assert len(chosen) == 1
+    assert all(len(engine["reason"].split()) >= 3 for engine in report["engines"])
+
+
+def test_a_forced_engine_is_reported():
+    _, report = run_doctor(HF_EXT_ANCHOR_ENGINE="dense")
+    assert [engine["name"] for engine in report["engines"] if engine["chosen"]] == ["dense"]
+
+
+def test_an_unknown_engine_in_the_environment_is_a_problem():
+    status, report = run_doctor(HF_EXT_ANCHOR_ENGINE="spda")
+    assert status == 1
+    assert "HF_EXT_ANCHOR_ENGINE" in report["problems"][0]
+    assert "'sdpa'" in report["problems"][0]
+
+
+def test_switching_our_autoload_off_is_the_users_wish():
+    status, report = run_doctor(HF_EXT_AUTOLOAD="0")
+    assert (status, report["channel"]) == (0, "off")
+    assert {host["state"] for host in report["hosts"].values()} == {"off"}
+
+
+def test_torchs_own_switch_is_a_problem_with_its_cure():
+    status, report = run_doctor(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert (status, report["channel"]) == (1, "off")
+    assert any("TORCH_DEVICE_BACKEND_AUTOLOAD" in text and "hf_ext.run" in text for text in report["problems"])
+
+
+def test_an_untested_version_is_a_problem(monkeypatch):
+    monkeypatch.setitem(compat.TESTED, "timm", ">=900")
+    problems = doctor.examine()["problems"]
+    assert any("timm" in text and "untested" in text and "pip install" in text for text in problems)
+
+
+def test_an_absent_library_is_none(monkeypatch):
+    monkeypatch.setattr(compat.metadata, "version", _absent)
+    assert compat.supported("timm") == (None, compat.TESTED["timm"], True)
+
+
+def _absent(name: str) -> str:
+    raise compat.metadata.PackageNotFoundError(name)
+
+
+def test_a_failed_registration_is_named_with_host_cause_and_version(tmp_path):
+    """A stranger's plugin took our name: both are named, and the exit status is 1."""
+    plugin = tmp_path / "sitecustomize.py"
+    plugin.write_text(
+        "import builtins, sys\n"
+        "real = builtins.__import__\n"
+        "def spy(name, *rest, **kw):\n"
+        "    module = real(name, *rest, **kw)\n"
+        "    masking = sys.modules.get('transformers.masking_utils')\n"
+        "    if masking is not None and hasattr(masking, 'AttentionMaskInterface'):\n"
+        "        masking.AttentionMaskInterface._global_mapping.setdefault('anchor', spy)\n"
+        "    return module\n"
+        "builtins.__import__ = spy\n"
+    )
+    status, report = run_doctor(PYTHONPATH=str(tmp_path))
+    assert status == 1
+    assert report["hosts"]["transformers"]["state"] == "failed"
+    problem = next(text for text in report["problems"] if "transformers" in text)
+    assert "'anchor'" in problem
+    assert str(plugin) in problem
+    assert "HF_EXT_DEBUG=1" in problem
+
+
+@pytest.mark.parametrize(
+    ("config", "effective", "reason"),
+    [
+        ({"model_type": "llama", "attn_implementation": "anchor"}, compat.reads_attention_from_config(), None),
+        ({"model_type": "llama", "attn_implementation": "sdpa"}, False, "not a name"),
+        ({"model_type": "lfm2", "attn_implementation": "anchor"}, False, "mix"),
+    ],
+    ids=["ours", "a stock name", "a refused model"],
+)
+def test_model_folder(tmp_path, config, effective, reason):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
+    assert string["value"] == config["attn_implementation"]
+    assert string["effective"] is effective
+    if reason and compat.reads_attention_from_config():
+        assert reason in string["reason"]
+
+
+def test_model_folder_without_a_string_of_ours(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert doctor.examine_model(tmp_path, "autoload")["strings"] == []
+
+
+@pytest.mark.parametrize(("content", "text"), [(None, "no config.json"), ("{", "not JSON")])
+def test_a_useless_model_folder_is_refused(tmp_path, content, text):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=text):
+        doctor.examine_model(Path(tmp_path), "autoload")
+
+
+def test_peft_too_old_for_this_transformers(monkeypatch):
+    real = compat.supported
+    monkeypatch.setattr(compat, "supported", lambda name: ("0.17.0", "", True) if name == "peft" else real(name))
+    problems = compat.pair_problems()
+    if not problems:
+        pytest.skip("this transformers asks for no particular peft")
+    assert "0.17.0" in problems[0]
+    assert "pip install" in problems[0]
