@@ -34,8 +34,10 @@ CPU_SECONDS: dict[str, float] = {}  # module -> what its registration cost
 CHANNEL: list[str] = []  # "autoload" | "import" | "run", in the order they came
 
 _LOCKS = {module: RLock() for module in HOOKS}
+_EXECUTING: set[str] = set()  # hook modules that our loader executes right now
 _LOADING: dict[str, int] = {}  # our own modules that are half loaded -> the thread that loads them
 _DEFERRED: set[str] = set()  # hook modules that came while one of ours was half loaded
+_TOLD: set[str] = set()  # causes already shown
 
 
 def arm(channel: str = "autoload") -> None:
@@ -47,12 +49,16 @@ def arm(channel: str = "autoload") -> None:
             return
         if channel not in CHANNEL:
             CHANNEL.append(channel)
-        if _FINDER not in sys.meta_path:
-            sys.meta_path.insert(0, _FINDER)
         for name in HOOKS:
             if STATE.get(name, OFF) == OFF:
                 STATE[name] = WAITING
-            if name in sys.modules:
+        _remove_finders(but=_FINDER)
+        if _FINDER not in sys.meta_path:
+            sys.meta_path.insert(0, _FINDER)
+        for name in HOOKS:
+            _wait_for_import_under_way(name)
+            # None stands for a forbidden import. What our own loader executes registers by itself.
+            if sys.modules.get(name) is not None and name not in _EXECUTING:
                 _catch_up(sys.modules[name], name)
     except KeyboardInterrupt:
         raise
@@ -66,10 +72,10 @@ def switched_off() -> bool:
 
 def disarm() -> None:
     """Stop watching; hosts imported from now on get nothing until `arm` is called again."""
-    if _FINDER in sys.meta_path:
-        sys.meta_path.remove(_FINDER)
+    _remove_finders()
     for name in HOOKS:
         STATE[name] = OFF
+    ERRORS.clear()
 
 
 def fire(name: str) -> None:
@@ -77,9 +83,7 @@ def fire(name: str) -> None:
     with _LOCKS[name]:
         if STATE.get(name, OFF) != WAITING:
             return
-        if HOOKS[name][0] == "after" and get_ident() in tuple(_LOADING.values()):
-            # A module of ours imports this host right now; our register function would find that module half loaded.
-            _DEFERRED.add(name)
+        if _must_wait(name):
             return
         STATE[name] = ("running", None)
         outcome = WAITING
@@ -102,6 +106,39 @@ def fire(name: str) -> None:
             STATE[name] = outcome
 
 
+def _remove_finders(but: _Finder | None = None) -> None:
+    """Those of earlier imports of this module, too (coverage purges sys.modules): two would ask each other for ever."""
+    for finder in list(sys.meta_path):
+        kind = type(finder)
+        if finder is not but and (kind.__module__, kind.__name__) == (__name__, "_Finder") and finder in sys.meta_path:
+            sys.meta_path.remove(finder)
+
+
+def _wait_for_import_under_way(name: str) -> None:
+    """Another thread may have begun an import before our finder was there, and not have reached sys.modules yet.
+
+    This is how the import machinery itself waits; where the other thread waits for us, it returns at once.
+    """
+    import _frozen_importlib
+
+    _frozen_importlib._lock_unlock_module(name)
+
+
+def _must_wait(name: str) -> bool:
+    """Whether a module of ours imports this host right now; our register function would find that module half loaded.
+
+    A hook that runs before its host never waits: it is needed now, and uses no module of ours that imports a host.
+    """
+    waits = HOOKS[name][0] == "after" and _loading_here()
+    if waits:
+        _DEFERRED.add(name)
+    return waits
+
+
+def _loading_here() -> bool:
+    return get_ident() in tuple(_LOADING.values())
+
+
 def _forget_ourselves() -> None:
     """Leave no trace, else a later `import hf_ext` in the script would find a cached module that does nothing."""
     for name in [name for name in sys.modules if name == "hf_ext" or name.startswith("hf_ext.")]:
@@ -109,6 +146,10 @@ def _forget_ourselves() -> None:
 
 
 def _complain(what: str, error: BaseException) -> None:
+    cause = f"{type(error).__name__}: {error}"
+    if cause in _TOLD:
+        return
+    _TOLD.add(cause)
     try:
         if os.environ.get("HF_EXT_DEBUG") == "1":
             import traceback
@@ -116,7 +157,7 @@ def _complain(what: str, error: BaseException) -> None:
             traceback.print_exception(error)
         import warnings
 
-        warnings.warn(f"{what}: {type(error).__name__}: {error}. Run `hf-ext doctor`.", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"{what}: {cause}. Run `hf-ext doctor`.", RuntimeWarning, stacklevel=2)
     except Exception:
         pass  # e.g. python -W error: a warning must not break the import that we were called from
 
@@ -139,7 +180,8 @@ class _HalfImported(ModuleType):
         get = ModuleType.__getattribute__
         if attribute not in ("__spec__", "__dict__", "__class__"):
             spec = get(self, "__spec__")
-            if not spec._initializing:
+            # Waiting comes before the lock: whoever holds it may need the module of ours that this thread loads.
+            if not spec._initializing and not _must_wait(spec.name):
                 _settle(self, spec.name)
         return get(self, attribute)
 
@@ -172,9 +214,13 @@ class _Loader:
 
 class _HostLoader(_Loader):
     def _execute(self, module: ModuleType) -> None:
-        if HOOKS[self._name][0] == "before":
-            fire(self._name)
-        self._loader.exec_module(module)
+        _EXECUTING.add(self._name)
+        try:
+            if HOOKS[self._name][0] == "before":
+                fire(self._name)
+            self._loader.exec_module(module)
+        finally:
+            _EXECUTING.discard(self._name)
         fire(self._name)
 
 
@@ -184,10 +230,15 @@ class _OwnLoader(_Loader):
         try:
             self._loader.exec_module(module)
         finally:
-            del _LOADING[self._name]
-            if not _LOADING:
+            _LOADING.pop(self._name, None)  # a reload of this very module has emptied it
+            if not _loading_here():
                 for name in [_DEFERRED.pop() for _ in range(len(_DEFERRED))]:
-                    fire(name)
+                    # Not available: another thread is registering it, and may be waiting for this very module.
+                    if _LOCKS[name].acquire(blocking=False):
+                        try:
+                            fire(name)
+                        finally:
+                            _LOCKS[name].release()
 
 
 class _Finder:

@@ -24,7 +24,7 @@ TESTED = {
     "timm": ">=1.0.15,<2",
     "evaluate": ">=0.4.3,<1",
     "datasets": ">=3.0,<6",
-    "accelerate": ">=1.0,<2",
+    "accelerate": ">=1.10,<2",
     "torchvision": ">=0.21,<1",
 }
 
@@ -73,24 +73,49 @@ def import_cure(library: str, error: BaseException) -> str:
     return f"Try `pip install --force-reinstall {library}`."
 
 
-def claim_all(entries: Iterable[tuple[MutableMapping[str, Any], str, Any]], host: str) -> None:
-    """Write `table[name] = ours` for all `entries` (table, name, ours), or none if somebody else holds a name.
+Entry = tuple[MutableMapping[str, Any], str, Any]  # table of a host, name, ours
+
+
+def claim_all(entries: Iterable[Entry], host: str) -> None:
+    """Write `table[name] = ours` for all `entries`, or none if somebody else holds a name.
 
     Raises:
         RegistrationError: naming the host, the name, and the module and file of its holder.
     """
     entries = list(entries)
-    for table, name, ours in entries:
-        holder = table.get(name, ours)
-        if holder is not ours:
-            module = getattr(holder, "__module__", type(holder).__module__)
-            file = getattr(sys.modules.get(module), "__file__", None) or "no file"
-            raise RegistrationError(
-                f"{host} already has {name!r}, from {module} ({file}); hf_ext leaves it there. "
-                f"Uninstall or unregister one of the two."
-            )
+    _refuse_foreign(entries, host, "Uninstall or unregister one of the two.")
     for table, name, ours in entries:
         table[name] = ours
+
+
+def release_all(entries: Iterable[Entry], host: str) -> None:
+    """Delete `table[name]` wherever it is ours.
+
+    Raises:
+        RegistrationError: somebody put their own there meanwhile, which stays.
+    """
+    entries = list(entries)
+    for table, name, ours in entries:
+        if name in table and _identity(table[name]) == _identity(ours):
+            del table[name]
+    _refuse_foreign(entries, host, "What hf_ext had there was replaced after it registered.")
+
+
+def _refuse_foreign(entries: list[Entry], host: str, advice: str) -> None:
+    for table, name, ours in entries:
+        holder = table.get(name, ours)
+        if _identity(holder) != _identity(ours):
+            raise RegistrationError(f"{host} already has {name!r}, from {_origin(holder)}; hf_ext leaves it. {advice}")
+
+
+def _identity(thing: Any) -> tuple[Any, Any]:
+    """Equal for a function and its twin from an earlier import of its module (sys.modules may have been purged)."""
+    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
+
+
+def _origin(thing: Any) -> str:
+    module = getattr(thing, "__module__", type(thing).__module__)
+    return f"{module} ({getattr(sys.modules.get(module), '__file__', None) or 'no file'})"
 
 
 # --- torchvision on a CPU build of torch: the index's torchvision is built for CUDA, its operators do not load, and
@@ -135,6 +160,7 @@ def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:
 
 
 _LOAD_CHECK = "get_correct_attn_implementation"
+_wrapped: tuple[Callable, Callable] | None = None  # (the host's method, our wrapper), while ours is in place
 
 
 def wrap_load_check(check: Callable[[Any, str], None]) -> None:
@@ -143,11 +169,15 @@ def wrap_load_check(check: Callable[[Any, str], None]) -> None:
     `PreTrainedModel.__init__` and `set_attn_implementation` both pass through the wrapped method; `check` raises to
     refuse. Idempotent.
     """
+    global _wrapped
     from transformers import PreTrainedModel
 
     original = getattr(PreTrainedModel, _LOAD_CHECK)
-    if getattr(original, "hf_ext_check", None) is check:
-        return
+    if _wrapped is not None and original is not _wrapped[0]:
+        return  # ours is in place, perhaps inside somebody's wrapper
+
+    if getattr(getattr(original, "__code__", None), "co_filename", None) == __file__:
+        original = original.__wrapped__  # left by an earlier import of this module
 
     @wraps(original)
     def get_correct_attn_implementation(self: Any, *args: Any, **kwargs: Any) -> str:
@@ -155,20 +185,32 @@ def wrap_load_check(check: Callable[[Any, str], None]) -> None:
         check(self, name)
         return name
 
-    get_correct_attn_implementation.hf_ext_check = check
     setattr(PreTrainedModel, _LOAD_CHECK, get_correct_attn_implementation)
+    _wrapped = original, get_correct_attn_implementation
 
 
-def unwrap_load_check(check: Callable[[Any, str], None]) -> None:
+def unwrap_load_check() -> None:
+    """Put the host's method back.
+
+    Raises:
+        RegistrationError: somebody wrapped ours in theirs, which stays.
+    """
+    global _wrapped
     from transformers import PreTrainedModel
 
+    if _wrapped is None:
+        return
+    original, ours = _wrapped
     current = getattr(PreTrainedModel, _LOAD_CHECK)
-    if getattr(current, "hf_ext_check", None) is not check:
+    if current not in (ours, original):
+        code = getattr(current, "__code__", None)  # functools.wraps lets a wrapper carry our module's name
         raise RegistrationError(
-            f"PreTrainedModel.{_LOAD_CHECK} was replaced by {current.__module__} after hf_ext wrapped it; "
-            f"undo that first, then unregister again."
+            f"PreTrainedModel.{_LOAD_CHECK} was replaced by {_origin(current)} "
+            f"[{getattr(code, 'co_filename', 'no source')}] after hf_ext wrapped it; hf_ext leaves it. "
+            "Undo that, then unregister again."
         )
-    setattr(PreTrainedModel, _LOAD_CHECK, current.__wrapped__)
+    setattr(PreTrainedModel, _LOAD_CHECK, original)
+    _wrapped = None
 
 
 # --- what is really executed, for people who debug a string

@@ -47,6 +47,9 @@ TABLE = (
 )
 
 
+_LEFT_BEHIND: set[Row] = set()  # what `unregister` could not remove
+
+
 def register() -> dict[str, dict[str, Any]]:
     """Add our names to every host, now where it is imported and on its import where it is not. Idempotent.
 
@@ -65,24 +68,29 @@ def register() -> dict[str, dict[str, Any]]:
     return status()
 
 
-def unregister() -> None:
+def unregister() -> dict[str, dict[str, Any]]:
     """Take every name of ours out again, so that each host is as if we had never been imported.
 
-    A later `register()` works again. Living modules keep working where the host does not look the name up again.
+    Returns `status()`. A later `register()` works again. Living modules keep working where the host does not look the
+    name up again.
 
     Raises:
-        RegistrationError: somebody wrapped or replaced what we added; it then stays, and everything else is removed.
+        RegistrationError: somebody wrapped or replaced what we added. Theirs stays, everything else is removed; call
+            again when it is gone.
     """
     errors = []
     for row in TABLE:
-        if _autoload.STATE.get(row.module, _autoload.OFF)[0] == "registered":
+        if _autoload.STATE.get(row.module, _autoload.OFF)[0] == "registered" or row in _LEFT_BEHIND:
+            _LEFT_BEHIND.discard(row)
             try:
                 _resolve(row.remove)()
             except RegistrationError as error:
                 errors.append(error)
+                _LEFT_BEHIND.add(row)
     _autoload.disarm()
     if errors:
         raise errors[0]
+    return status()
 
 
 def status() -> dict[str, dict[str, Any]]:

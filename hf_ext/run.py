@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from types import CodeType, ModuleType, TracebackType
 
 from hf_ext import _autoload
@@ -28,10 +29,10 @@ def main() -> None:
     _prepare_children()
     if arguments[0] == "-m":
         code, module, sys.argv[:] = _load_module(arguments[1:])
-        sys.path[0] = os.getcwd()
     else:
         code, module, sys.argv[:] = _load_script(arguments)
-        sys.path[0] = os.path.dirname(module.__file__)
+        if not sys.flags.safe_path:  # python -P and -I keep the script's folder off the path
+            sys.path[0] = os.path.dirname(os.path.realpath(module.__file__))
     _execute(code, module)
 
 
@@ -62,8 +63,7 @@ def _load_script(arguments: list[str]) -> tuple[CodeType, ModuleType, list[str]]
 
 
 def _load_module(arguments: list[str]) -> tuple[CodeType, ModuleType, list[str]]:
-    name = arguments[0]
-    sys.path[0] = os.getcwd()
+    name = arguments[0]  # `python -m` has put the working directory on the path already
     try:
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
@@ -91,16 +91,22 @@ def _execute(code: CodeType, module: ModuleType) -> None:
     sys.modules["__main__"] = module
     try:
         exec(code, module.__dict__)
-    except Exception as error:
-        error.__traceback__ = _without_us(error.__traceback__)
-        sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(1)
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook = _from_the_script_on(sys.excepthook)
+        raise
 
 
-def _without_us(frames: TracebackType | None) -> TracebackType | None:
-    while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
-        frames = frames.tb_next
-    return frames
+def _from_the_script_on(hook: Callable) -> Callable:
+    """An excepthook that shows the script's own frames only. Python itself goes on to set the exit status."""
+
+    def show(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+        while frames is not None and frames.tb_frame.f_code.co_filename in (__file__, "<frozen runpy>"):
+            frames = frames.tb_next
+        hook(kind, error.with_traceback(frames), frames)
+
+    return show
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ class AnchorMask:
     padding: (B, L) bool, True = real token, or None. window: the width the host's mask call asked for, or None.
     """
 
+    # `generate` with a static cache makes the masks itself, asks `contiguous()` of each, and hands them to the model,
+    # whose own mask call tells finished masks by their four dimensions and passes this one on to `anchor_mask`.
+    ndim = 4
+
     __slots__ = ("_key", "_model", "_table", "padding", "window")
 
     def __init__(self, padding: Tensor | None, window: int | None, model: str) -> None:
@@ -42,7 +46,12 @@ class AnchorMask:
     def _touched(self, what: str) -> MaskTouchedError:
         return MaskTouchedError(refusal(self._model, f"its layers use the attention mask themselves ({what})"))
 
+    def contiguous(self) -> "AnchorMask":
+        return self
+
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # Python's own protocols (copy, pickle) ask before the slots are filled
+            raise AttributeError(name)
         raise self._touched(f"mask.{name}")
 
     @classmethod
@@ -85,6 +94,8 @@ def anchor_mask(
     Raises:
         AnchorUnsupportedError: the host asks for a mask in which a token sees a later one.
     """
+    if isinstance(attention_mask, AnchorMask):
+        return attention_mask
     q_length, q_offset = compat.query_span(arguments)
     model = who("the model", config)
     if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
@@ -184,14 +195,24 @@ def _as_sdpa(
     """
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling)[0]
-    queries, keys = query.shape[2], key.shape[2]
-    if mask is None:  # the host's convention: one query sees all keys, several see those up to their own index
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-        mask = mask if queries == 1 else mask.tril()
-    elif mask.dtype != torch.bool:
-        raise _unsupported(module, "softcap or sinks together with a mask of numbers; give a boolean mask")
-    out = masked_attention(*(query, key, value, mask), scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout)
+    visible = _visible(module, mask, query.shape[2], key.shape[2], query.device)
+    out = masked_attention(
+        *(query, key, value, visible), scaling=scaling, softcap=softcap, sinks=sinks, dropout=dropout
+    )
     return out.transpose(1, 2).contiguous()
+
+
+def _visible(module: torch.nn.Module, mask: Tensor | None, queries: int, keys: int, device: Any) -> Tensor:
+    """The host's mask as a boolean one."""
+    if mask is None:  # the host's convention: one query sees all keys, several see those up to their own index
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device)
+        return mask if queries == 1 else mask.tril()
+    if mask.dtype == torch.bool:
+        return mask
+    hidden = mask <= torch.finfo(mask.dtype).min / 2
+    if not ((mask == 0) | hidden).all():
+        raise _unsupported(module, "softcap or sinks together with a mask of weights; give a mask of 0 and -inf")
+    return ~hidden
 
 
 def _unsupported(module: torch.nn.Module, reason: str) -> AnchorUnsupportedError:

@@ -70,19 +70,25 @@ def anchor_attention(
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Tensor:
     """The engine in use, applied to a table of segments; shapes as in `anchor_attention`."""
-    _check_shapes(query, key, value, table)
+    _check_shapes(query, key, value, table, options.sinks)
     engine, _ = ENGINES[current_engine()]
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if table.tokens is not None:
         # index_select: the backward of advanced indexing is several times slower.
         q, k, v = (x.index_select(0, table.tokens) for x in (q, k, v))
-    out = engine(q, k, v, table, options)
+    out = engine(q, k, v, table, options) if table.lengths else _nothing(q, k, v, options.sinks)
     if table.slots is not None:
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])]).index_select(0, table.slots)
     return out.unflatten(0, table.shape).transpose(1, 2)
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable) -> None:
+def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    """The output for no slots at all (all tokens masked), tied to its inputs so that they get gradients of zero."""
+    tie = sum(x.sum() * 0 for x in (q, k, v, sinks) if x is not None)
+    return q.new_zeros(0, q.shape[1], v.shape[2]) + tie
+
+
+def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, sinks: Tensor | None) -> None:
     shapes = [tuple(x.shape) for x in (query, key, value)]
     (batch, heads, length, width), (_, key_heads, _, _), (*value_shape, _) = shapes
     if (
@@ -95,6 +101,8 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
             "query, key, value must be (B, Hq, L, D), (B, Hkv, L, D), (B, Hkv, L, Dv) with Hkv dividing Hq, "
             f"and the positions (B, L); they are {shapes[0]}, {shapes[1]}, {shapes[2]} and {table.shape}"
         )
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks must be (Hq,) = ({heads},), not {tuple(sinks.shape)}")
 
 
 class EngineStatus(NamedTuple):

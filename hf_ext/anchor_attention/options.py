@@ -27,9 +27,9 @@ class Options:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, not {self.sliding_window}")
-        if self.softcap is not None and self.softcap <= 0:
+        if self.sliding_window is not None and (self.sliding_window < 1 or self.sliding_window % 1):
+            raise ValueError(f"sliding_window must be a whole number of at least 1, not {self.sliding_window}")
+        if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive, not {self.softcap}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 IGNORED = -100
@@ -54,6 +55,9 @@ class AnchorPacking:
             )
         if self.pad_token_id is not None and (not _is_integer(self.pad_token_id) or self.pad_token_id < 0):
             raise ValueError(f"pad_token_id must be a token id or None, not {self.pad_token_id!r}")
+        for name in ("split_documents", "drop_remainder", "label_anchor"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.layout not in LAYOUTS:
             near = get_close_matches(str(self.layout), LAYOUTS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -70,7 +74,7 @@ class AnchorPacking:
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[list[int]]]:
         documents = self._documents(batch)
         rows = _Rows(self)
-        for index, (tokens, labels) in enumerate(documents):
+        for index, tokens, labels in documents:
             if not self.split_documents:
                 if len(tokens) > self.max_length - 1:
                     raise ValueError(
@@ -83,13 +87,15 @@ class AnchorPacking:
                 tokens, labels = tokens[taken:], labels[taken:]
         return rows.finish()
 
-    def _documents(self, batch: Mapping[str, Sequence[Any]]) -> list[tuple[list[int], list[int]]]:
-        """(tokens, labels) of every document that has tokens, without its leading anchor."""
+    def _documents(self, batch: Mapping[str, Sequence[Any]]) -> list[tuple[int, list[int], list[int]]]:
+        """(index, tokens, labels) of every document that has tokens, without its leading anchor."""
         if "input_ids" not in batch:
             raise ValueError(f"packing needs a column input_ids; the data set has {', '.join(batch) or 'no columns'}")
         documents = _lists(batch["input_ids"], "input_ids")
         labels = _lists(batch["labels"], "labels") if "labels" in batch else documents
         masks = _lists(batch["attention_mask"], "attention_mask") if "attention_mask" in batch else []
+        if len(documents) != len(labels):
+            raise ValueError(f"input_ids holds {len(documents)} documents and labels {len(labels)}")
         for index, (document, label) in enumerate(zip(documents, labels, strict=True)):
             if len(document) != len(label):
                 raise ValueError(f"document {index} has {len(document)} tokens but {len(label)} labels")
@@ -98,8 +104,9 @@ class AnchorPacking:
                 raise ValueError(
                     f"document {index} is padded: its attention_mask holds zeros; tokenize without padding"
                 )
-        heads = [1 if document[:1] == [self.anchor_token_id] else 0 for document in documents]
-        kept = [(d[h:], x[h:]) for d, x, h in zip(documents, labels, heads, strict=True) if len(d) > h]
+        heads = [int(document[:1] == [self.anchor_token_id]) for document in documents]
+        rows = enumerate(zip(documents, labels, heads, strict=True))
+        kept = [(i, tokens[head:], label[head:]) for i, (tokens, label, head) in rows if len(tokens) > head]
         if len(kept) < len(documents):
             warnings.warn(f"{len(documents) - len(kept)} documents without tokens were skipped", stacklevel=3)
         return kept
@@ -195,4 +202,7 @@ def _lists(column: Sequence[Any], name: str) -> list[list[int]]:
                 f"{name} must hold a list of token ids a document, but row {index} is {row!r}; "
                 "call it through dataset.map(packing, batched=True, ...)"
             )
-    return [list(row) for row in rows]
+        foreign = {kind.__name__ for kind in set(map(type, row)) if not issubclass(kind, Integral)}
+        if foreign:
+            raise ValueError(f"{name} must hold integers, but row {index} holds {', '.join(sorted(foreign))}")
+    return [list(map(int, row)) for row in rows]

@@ -6,19 +6,26 @@ from hf_ext.anchor_attention.support import check_at_load
 
 
 def add() -> None:
-    """Attention and mask function together (with the first alone, the host drops its mask silently), then the check.
+    """The load check, then attention and mask function together: the host drops the mask of one without the other.
 
     Raises:
         RegistrationError: somebody else holds the name; then nothing is added.
     """
-    attention, masks = compat.attention_tables()
-    compat.claim_all(
-        [(attention, "anchor", anchor_attention_forward), (masks, "anchor", anchor_mask)], host="transformers"
-    )
     compat.wrap_load_check(check_at_load)
+    try:
+        compat.claim_all(_entries(), host="transformers")
+    except compat.RegistrationError:
+        compat.unwrap_load_check()
+        raise
 
 
 def remove() -> None:
-    for table in compat.attention_tables():
-        table.pop("anchor", None)
-    compat.unwrap_load_check(check_at_load)
+    try:
+        compat.release_all(_entries(), host="transformers")
+    finally:
+        compat.unwrap_load_check()
+
+
+def _entries() -> list[compat.Entry]:
+    attention, masks = compat.attention_tables()
+    return [(attention, "anchor", anchor_attention_forward), (masks, "anchor", anchor_mask)]

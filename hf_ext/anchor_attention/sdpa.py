@@ -115,20 +115,24 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor, token: Tensor, window: int | Non
     block = max(BLOCK, window or 0)
     outputs = []
     for start in range(0, len(q), block):
-        stop = min(start + block, len(q))
+        queries = slice(start, min(start + block, len(q)))
         # Slots never run ahead of columns: the window reaches at most `window - 1` slots back.
-        first = 0 if window is None else max(0, start - window + 1)
-        visible = causal_window(token[start:stop], token[first:stop], window)
-        arguments = (q[start:stop], k[first:stop], v[first:stop], visible, options)
+        keys = slice(0 if window is None else max(0, start - window + 1), queries.stop)
+        arguments = (q[queries], k[keys], v[keys], token[queries], token[keys], options)
         if options.softcap is None and options.sinks is None:
-            outputs.append(_sdpa_masked(*arguments))
+            outputs.append(_sdpa_block(*arguments))
         else:
             # Recomputed in backward, else the weights of all blocks together would be the full matrix again.
-            outputs.append(checkpoint(masked_slots, *arguments, use_reentrant=False))
+            outputs.append(checkpoint(_explicit_block, *arguments, use_reentrant=False))
     return torch.cat(outputs)
 
 
-def _sdpa_masked(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, options: Options) -> Tensor:
+def _explicit_block(q: Tensor, k: Tensor, v: Tensor, q_token: Tensor, k_token: Tensor, options: Options) -> Tensor:
+    return masked_slots(q, k, v, causal_window(q_token, k_token, options.sliding_window), options)
+
+
+def _sdpa_block(q: Tensor, k: Tensor, v: Tensor, q_token: Tensor, k_token: Tensor, options: Options) -> Tensor:
+    visible = causal_window(q_token, k_token, options.sliding_window)
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     return _sdpa(q, k, v, options, attn_mask=visible)[0].transpose(0, 1)
 

@@ -43,6 +43,10 @@ def build_table(
         ValueError: a tensor whose shape does not fit, or document ids that are not in order.
     """
     _check_shape("position_ids", position_ids, shape, broadcast=True)
+    if shape[1] == 0:
+        raise ValueError("the rows hold no tokens: (batch, length) = " + str(tuple(shape)))
+    if position_ids.is_floating_point():
+        raise ValueError(f"position_ids must be integers, not {position_ids.dtype} (which rounds large positions)")
     if attention_mask is not None:
         _check_shape("attention_mask", attention_mask, shape)
     if anchor_doc_ids is not None:

@@ -25,10 +25,9 @@ def documents(count: int, seed: int, log: Callable[[str], object] = print) -> li
     Raises:
         NoTextError: there is too little text in either place.
     """
-    paths = sysconfig.get_paths()
     found: list[str] = []
-    for what, folder in (("the standard library", paths["stdlib"]), ("the installed packages", paths["purelib"])):
-        for docstring in _docstrings(_sources(Path(folder), seed)):
+    for what, folder in _places():
+        for docstring in _docstrings(_sources(folder, seed)):
             found.append(docstring)
             if len(found) == count:
                 return found
@@ -37,7 +36,7 @@ def documents(count: int, seed: int, log: Callable[[str], object] = print) -> li
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that puts `<s>` before every text."""
+    """A byte-level BPE whose only special token is `<s>`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -47,6 +46,11 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
+
+
+def _places() -> list[tuple[str, Path]]:
+    paths = sysconfig.get_paths()
+    return [("the standard library", Path(paths["stdlib"])), ("the installed packages", Path(paths["purelib"]))]
 
 
 def _sources(folder: Path, seed: int) -> list[Path]:
