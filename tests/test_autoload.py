@@ -157,6 +157,34 @@ def test_a_blocked_host_does_not_cost_the_others_their_names(house, blocked):
     assert sound(run_python(code, env=house))
 
 
+def test_host_whose_import_has_only_just_begun(house):
+    """Another thread was past the finders before ours was there, and has no module in sys.modules yet."""
+    code = f"""
+        import sys, threading, time
+        from importlib.machinery import PathFinder, SourceFileLoader
+
+        class Slow(SourceFileLoader):
+            def create_module(self, spec):
+                time.sleep(0.3)
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                spec = PathFinder.find_spec(name, path, target) if name == "{HOST}" else None
+                if spec:
+                    spec.loader = Slow(name, spec.origin)
+                return spec
+
+        sys.meta_path.insert(0, Finder())
+        thread = threading.Thread(target=__import__, args=["{HOST}"])
+        thread.start()
+        time.sleep(0.1)
+        import torch
+        thread.join()
+        {CHECK_HOUSE}
+        """
+    assert sound(run_python(code, env=house))
+
+
 def test_package_imported_afresh_takes_over(house):
     """Test tools purge sys.modules; two finders of ours would ask each other for ever."""
     code = f"""

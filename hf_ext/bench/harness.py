@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+SCALES = ((1, "s"), (1e3, "ms"), (1e6, "us"))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -132,7 +134,8 @@ def _cpu_seconds(function: Callable[[], object]) -> float:
 
 def _number(value: float, unit: str) -> str:
     if unit == "s":
-        return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+        scale, name = next((scale, name) for scale, name in SCALES if value * scale >= 1 or name == "us")
+        return f"{value * scale:.3g} {name}"
     return f"{value:.0f} {unit}"
 
 
