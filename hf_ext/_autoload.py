@@ -34,6 +34,7 @@ CPU_SECONDS: dict[str, float] = {}  # module -> what its registration cost
 CHANNEL: list[str] = []  # "autoload" | "import" | "run", in the order they came
 
 _LOCKS = {module: RLock() for module in HOOKS}
+_UNSEEN: set[str] = set()  # hook modules that neither our finder nor `arm` has met
 _EXECUTING: set[str] = set()  # hook modules that our loader executes right now
 _LOADING: dict[str, int] = {}  # our own modules that are half loaded -> the thread that loads them
 _DEFERRED: set[str] = set()  # hook modules that came while one of ours was half loaded
@@ -56,10 +57,11 @@ def arm(channel: str = "autoload") -> None:
         if _FINDER not in sys.meta_path:
             sys.meta_path.insert(0, _FINDER)
         for name in HOOKS:
-            _wait_for_import_under_way(name)
             # None stands for a forbidden import. What our own loader executes registers by itself.
             if sys.modules.get(name) is not None and name not in _EXECUTING:
                 _catch_up(sys.modules[name], name)
+            elif name not in _EXECUTING:
+                _UNSEEN.add(name)
     except KeyboardInterrupt:
         raise
     except BaseException as error:
@@ -76,6 +78,7 @@ def disarm() -> None:
     for name in HOOKS:
         STATE[name] = OFF
     ERRORS.clear()
+    _UNSEEN.clear()
 
 
 def fire(name: str) -> None:
@@ -98,9 +101,7 @@ def fire(name: str) -> None:
             if _LOADING:  # another thread holds one of our modules half loaded; it tries again when it is done
                 _DEFERRED.add(name)
             else:
-                ERRORS[name] = error
-                outcome = ("failed", f"{type(error).__name__}: {error}")
-                _complain(f"hf_ext could not add its names to {HOOKS[name][1]}", error)
+                outcome = _failed(name, error)
         finally:
             CPU_SECONDS[name] = time.thread_time() - started
             STATE[name] = outcome
@@ -114,14 +115,18 @@ def _remove_finders(but: _Finder | None = None) -> None:
             sys.meta_path.remove(finder)
 
 
-def _wait_for_import_under_way(name: str) -> None:
-    """Another thread may have begun an import before our finder was there, and not have reached sys.modules yet.
+def _look_again() -> None:
+    """Find hosts whose import began before our finder was there, in another thread, and reached sys.modules after.
 
-    This is how the import machinery itself waits; where the other thread waits for us, it returns at once.
+    Never waits: the import that asks our finder may be the one that the holder of the lock is waiting for.
     """
-    import _frozen_importlib
-
-    _frozen_importlib._lock_unlock_module(name)
+    for name in tuple(_UNSEEN):
+        if sys.modules.get(name) is not None and _LOCKS[name].acquire(blocking=False):
+            try:
+                _UNSEEN.discard(name)
+                _catch_up(sys.modules[name], name)
+            finally:
+                _LOCKS[name].release()
 
 
 def _must_wait(name: str) -> bool:
@@ -145,6 +150,12 @@ def _forget_ourselves() -> None:
         del sys.modules[name]
 
 
+def _failed(name: str, error: BaseException) -> tuple[str, str]:
+    ERRORS[name] = error
+    _complain(f"hf_ext could not add its names to {HOOKS[name][1]}", error)
+    return ("failed", f"{type(error).__name__}: {error}")
+
+
 def _complain(what: str, error: BaseException) -> None:
     cause = f"{type(error).__name__}: {error}"
     if cause in _TOLD:
@@ -166,6 +177,8 @@ def _catch_up(module: ModuleType, name: str) -> None:
     if HOOKS[name][0] == "after" and getattr(module.__spec__, "_initializing", False):
         if type(module) is ModuleType:
             module.__class__ = _HalfImported
+        elif not isinstance(module, _HalfImported):
+            STATE[name] = _failed(name, TypeError(f"half imported, {name} is a {type(module)}; import hf_ext after it"))
     else:
         fire(name)
 
@@ -187,12 +200,16 @@ class _HalfImported(ModuleType):
 
 
 def _settle(module: ModuleType, name: str) -> None:
-    with _LOCKS[name]:
-        if STATE.get(name, OFF)[0] == "running":
-            return  # our own registration touches the module; the outermost call restores the class
-        fire(name)
-        # Last: until our names are in, every other thread has to wait for the lock above.
-        module.__class__ = ModuleType
+    # Should the holder of the lock ever wait for an import of this thread: better a name too late than a standstill.
+    if not _LOCKS[name].acquire(timeout=10):
+        return
+    try:
+        if STATE.get(name, OFF)[0] != "running":  # else our own registration touches the module
+            fire(name)
+            # Last: until our names are in, every other thread has to wait for the lock above.
+            module.__class__ = ModuleType
+    finally:
+        _LOCKS[name].release()
 
 
 class _Loader:
@@ -202,6 +219,8 @@ class _Loader:
         self._loader, self._name = loader, name
 
     def __getattr__(self, attribute: str) -> Any:
+        if attribute == "_loader":  # a copy asks before __init__ ran
+            raise AttributeError(attribute)
         return getattr(self._loader, attribute)
 
     def create_module(self, spec: Any) -> ModuleType | None:
@@ -245,8 +264,13 @@ class _Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name in HOOKS:
             loader = _HostLoader if STATE.get(name) == WAITING else None
+            _UNSEEN.discard(name)
+        elif name.startswith("hf_ext."):
+            loader = _OwnLoader
         else:
-            loader = _OwnLoader if name.startswith("hf_ext.") else None
+            loader = None
+            if _UNSEEN:
+                _look_again()
         if loader is None:
             return None
         for finder in sys.meta_path:

@@ -96,7 +96,7 @@ def release_all(entries: Iterable[Entry], host: str) -> None:
     """
     entries = list(entries)
     for table, name, ours in entries:
-        if name in table and _identity(table[name]) == _identity(ours):
+        if name in table and _same(table[name], ours):
             del table[name]
     _refuse_foreign(entries, host, "What hf_ext had there was replaced after it registered.")
 
@@ -104,13 +104,14 @@ def release_all(entries: Iterable[Entry], host: str) -> None:
 def _refuse_foreign(entries: list[Entry], host: str, advice: str) -> None:
     for table, name, ours in entries:
         holder = table.get(name, ours)
-        if _identity(holder) != _identity(ours):
+        if not _same(holder, ours):
             raise RegistrationError(f"{host} already has {name!r}, from {_origin(holder)}; hf_ext leaves it. {advice}")
 
 
-def _identity(thing: Any) -> tuple[Any, Any]:
-    """Equal for a function and its twin from an earlier import of its module (sys.modules may have been purged)."""
-    return getattr(thing, "__module__", None), getattr(thing, "__qualname__", thing)
+def _same(thing: Any, ours: Any) -> bool:
+    """Also true of our twin from an earlier import of its module (sys.modules may have been purged)."""
+    code = getattr(thing, "__code__", None)
+    return thing is ours or (code is not None and code == getattr(ours, "__code__", None))
 
 
 def _origin(thing: Any) -> str:

@@ -558,6 +558,20 @@ def test_both_ranks_of_torchrun(tmp_path):
     assert [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)] == [[2, 2.0, []]] * 2
 
 
+def test_half_imported_host_of_a_foreign_class_is_a_failure_with_advice(house, tmp_path):
+    theirs = "class Theirs(types.ModuleType): pass\nsys.modules[__name__].__class__ = Theirs"
+    edit_host(tmp_path, HOST, f"import sys, types\n{theirs}\nimport torch\n")
+    code = f"""
+        import {HOST}
+        from hf_ext import status
+        print(__import__("json").dumps(status()["transformers"]))
+        """
+    process = run_python(code, env=house)
+    assert answer(process)["state"] == "failed"
+    assert "Theirs" in process.stderr
+    assert "import hf_ext after it" in process.stderr
+
+
 def test_purged_modules_can_be_imported_again():
     """coverage, among others, empties sys.modules of the package it is about to measure."""
     code = f"""

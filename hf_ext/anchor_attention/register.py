@@ -11,9 +11,10 @@ def add() -> None:
     Raises:
         RegistrationError: somebody else holds the name; then nothing is added.
     """
+    entries = _entries()
     compat.wrap_load_check(check_at_load)
     try:
-        compat.claim_all(_entries(), host="transformers")
+        compat.claim_all(entries, host="transformers")
     except compat.RegistrationError:
         compat.unwrap_load_check()
         raise
