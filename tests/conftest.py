@@ -29,3 +29,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def llama() -> torch.nn.Module:
+    return _llama("anchor")
+
+
+@pytest.fixture(scope="module")
+def stock_llama() -> torch.nn.Module:
+    return _llama("sdpa")
+
+
+def _llama(implementation: str) -> torch.nn.Module:
+    from anchor_models import build, config_of
+
+    return build(config_of("llama"), implementation)
