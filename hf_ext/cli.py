@@ -8,13 +8,29 @@ from typing import Annotated, Any
 import typer
 
 app = typer.Typer(
-    help="Published methods behind the names HuggingFace users already type.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 BENCHMARKS = ("anchor", "startup")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from hf_ext import __version__
+
+        print(f"hf_ext {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Published methods behind the names HuggingFace users already type."""
 
 
 @app.command()
@@ -70,6 +86,8 @@ def bench(
     """Measure our methods beside their peers in one run. Exit status 1 if a target was missed (not with --quick)."""
     from hf_ext.bench import measure
 
+    if out is not None and out.exists() and not out.is_dir():
+        _refuse(f"--out {out} is a file; name a folder")
     for method in methods or ():
         if method not in BENCHMARKS:
             near = get_close_matches(method, BENCHMARKS, n=1)
@@ -90,17 +108,20 @@ def _refuse(message: str) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     about = report["hf_ext"]
     console.print(f"hf_ext {about['version']}, Python {report['python']}, names reach scripts by: {report['channel']}")
     hosts = Table("host", "version", "names", "state", "reason")
     for name, host in report["hosts"].items():
-        hosts.add_row(name, host["version"] or "-", ", ".join(host["names"]), host["state"], host["reason"] or "")
+        hosts.add_row(
+            name, host["version"] or "-", ", ".join(host["names"]), host["state"], escape(host["reason"] or "")
+        )
     engines = Table("attention engine", "chosen", "reason")
     for engine in report["engines"]:
-        engines.add_row(engine["name"], "yes" if engine["chosen"] else "no", engine["reason"])
+        engines.add_row(engine["name"], "yes" if engine["chosen"] else "no", escape(engine["reason"]))
     versions = Table("library", "installed", "tested", "")
     for name, version in report["versions"].items():
         versions.add_row(name, version["installed"] or "-", version["tested"], "" if version["ok"] else "untested")
@@ -109,9 +130,9 @@ def _show(report: dict[str, Any]) -> None:
     if report["model"]:
         _show_model(report["model"], console)
     for problem in report["problems"]:
-        console.print(f"[red]problem:[/red] {problem}", highlight=False)
+        console.print(f"problem: {problem}", style="red")
     if report["ok"]:
-        console.print("[green]No problems.[/green]")
+        console.print("No problems.", style="green")
 
 
 def _show_model(model: dict[str, Any], console: Any) -> None:

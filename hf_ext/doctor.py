@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +51,12 @@ def examine(model: Path | None = None) -> dict[str, Any]:
         "engines": probe["engines"],
         "model": None if model is None else examine_model(model, probe["channel"]),
     }
-    report["problems"] = [*probe["problems"], *_version_problems(versions), *_switch_problems(probe["channel"])]
+    report["problems"] = [
+        *probe["problems"],
+        *_version_problems(versions),
+        *_switch_problems(probe["channel"]),
+        *_model_problems(report["model"]),
+    ]
     report["ok"] = not report["problems"]
     return report
 
@@ -157,10 +164,10 @@ def _editable() -> bool:
 
 
 def examine_model(folder: Path, channel: str) -> dict[str, Any]:
-    """Which of our strings the files of `folder` carry, and whether they take effect here.
+    """Which attention names the config.json of `folder` carries, and whether they take effect here.
 
     Raises:
-        ValueError: not a folder, or one without config.json.
+        ValueError: not a folder with a config.json that holds an object.
     """
     file = folder / "config.json"
     if not file.is_file():
@@ -169,23 +176,53 @@ def examine_model(folder: Path, channel: str) -> dict[str, Any]:
         config = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"--model {folder}: config.json is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--model {folder}: config.json holds a {type(config).__name__}, not an object")
     strings = []
-    if "attn_implementation" in config:
-        value = config["attn_implementation"]
-        reason = _why_no_effect(value, config, channel)
-        strings.append(
-            {"file": file.name, "key": "attn_implementation", "value": value, "effective": not reason, "reason": reason}
-        )
+    for key, value in _attention_keys(config):
+        reason = _why_no_effect(value, folder, channel)
+        strings.append({"file": file.name, "key": key, "value": value, "effective": not reason, "reason": reason})
     return {"path": str(folder), "strings": strings}
 
 
-def _why_no_effect(value: Any, config: dict[str, Any], channel: str) -> str | None:
-    from hf_ext.anchor_attention.support import NAMES, REFUSED_TYPES
+def _attention_keys(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if key == "attn_implementation":
+            yield prefix + key, value
+        elif isinstance(value, dict):
+            yield from _attention_keys(value, f"{prefix}{key}.")
 
-    if not compat.reads_attention_from_config():
-        return "this transformers ignores the key; pass attn_implementation to from_pretrained (read from 5.5 on)"
+
+def _why_no_effect(value: Any, folder: Path, channel: str) -> str | None:
+    from hf_ext.anchor_attention.support import NAMES
+
     if value not in NAMES:
-        return "not a name of hf_ext"
+        near = get_close_matches(str(value), NAMES, n=1)
+        return f"not a name of hf_ext; did you mean {near[0]!r}?" if near else "not a name of hf_ext"
+    if not compat.reads_attention_from_config():
+        return "this transformers ignores the key; pass attn_implementation to from_pretrained (it is read from 5.5 on)"
     if channel == "off":
         return "autoload is off: `import hf_ext` in the script"
-    return REFUSED_TYPES.get(config.get("model_type"))
+    return _why_refused(folder)
+
+
+def _why_refused(folder: Path) -> str | None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from hf_ext.anchor_attention.support import why_unsupported
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return why_unsupported(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    except (KeyError, ValueError, OSError) as error:
+        return f"transformers knows no causal language model for it ({type(error).__name__}: {error})"
+
+
+def _model_problems(model: dict[str, Any] | None) -> list[str]:
+    """Names that were meant to be ours and do nothing; a stock name is nobody's problem."""
+    return [
+        f"{model['path']}/{string['file']}: {string['key']} = {string['value']!r} has no effect: {string['reason']}"
+        for string in (model["strings"] if model else [])
+        if not string["effective"] and string["reason"] != "not a name of hf_ext"
+    ]

@@ -51,6 +51,8 @@ def _prepare_children() -> None:
 def _load_script(arguments: list[str]) -> tuple[CodeType, ModuleType, list[str]]:
     path = os.path.abspath(arguments[0])
     try:
+        if os.path.isdir(path):
+            path = os.path.join(path, "__main__.py")
         with open(path, "rb") as file:
             source = file.read()
     except OSError as error:
@@ -68,7 +70,9 @@ def _load_module(arguments: list[str]) -> tuple[CodeType, ModuleType, list[str]]
         spec = importlib.util.find_spec(name)
         if spec is not None and spec.submodule_search_locations is not None:
             spec = importlib.util.find_spec(f"{name}.__main__")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # a package above it misses something of its own
         spec = None
     if spec is None or not hasattr(spec.loader, "get_code"):
         sys.exit(f"hf_ext.run: no module named {name}, or it cannot be executed")

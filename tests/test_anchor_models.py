@@ -15,6 +15,7 @@ from anchor_models import (
     VOCABULARY,
     additive,
     build,
+    check_text,
     config_of,
     gradients_of,
     logits,
@@ -31,6 +32,7 @@ from anchor_oracle import (
 from torch import Tensor
 from transformers import (
     DataCollatorWithFlattening,
+    StaticCache,
 )
 
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
@@ -350,3 +352,36 @@ def test_continued_prefill_equals_one_prefill(llama):
     first = llama(input_ids=ids[:, :9], use_cache=True)
     rest = logits(llama, input_ids=ids[:, 9:], past_key_values=first.past_key_values)
     assert_equal(rest, logits(llama, input_ids=ids)[:, 9:], 1e-9)
+
+
+# ---------------------------------------------------------------- beside other libraries and modes
+
+
+def test_packed_rows_behind_cached_keys_are_refused(llama):
+    """A row behind a cache is one document; several would see each other, silently."""
+    cache = llama(input_ids=ROWS.input_ids[:, :4], use_cache=True).past_key_values
+    with pytest.raises(AnchorUnsupportedError) as caught:
+        llama(input_ids=ROWS.input_ids, position_ids=ROWS.position_ids, past_key_values=cache)
+    check_text(str(caught.value), "cached keys")
+
+
+def test_packed_rows_in_a_static_cache_are_refused(llama):
+    cache = StaticCache(config=llama.config, max_cache_len=64)
+    with pytest.raises(AnchorUnsupportedError) as caught:
+        llama(input_ids=ROWS.input_ids, position_ids=ROWS.position_ids, past_key_values=cache)
+    check_text(str(caught.value), "cached keys")
+
+
+def test_inference_mode(llama):
+    expected = logits(llama, input_ids=ROWS.input_ids, position_ids=ROWS.position_ids)
+    with torch.inference_mode():
+        positions = ROWS.position_ids + 0
+        assert torch.equal(llama(input_ids=ROWS.input_ids, position_ids=positions).logits, expected)
+
+
+def test_a_trace_is_refused(llama):
+    """It would hold the documents of its example for ever."""
+    call = {"input_ids": ROWS.input_ids, "position_ids": ROWS.position_ids}
+    with pytest.raises(AnchorUnsupportedError) as caught:
+        torch.jit.trace(llama, example_kwarg_inputs=call, strict=False)
+    check_text(str(caught.value), "trace")

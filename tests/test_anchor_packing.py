@@ -232,6 +232,10 @@ def test_an_unknown_option_is_an_error():
         ({"text": ["a"]}, ["input_ids", "text"]),
         ({"input_ids": [[5], [6, 7.5]]}, ["input_ids", "row 1", "float"]),
         ({"input_ids": [[[5, 6]]]}, ["input_ids", "row 0", "list"]),
+        ({"input_ids": [[5, 6], [7]], "attention_mask": [[1, 1]]}, ["attention_mask", "2", "1"]),
+        ({"input_ids": [[5, 6]], "attention_mask": [[1]]}, ["document 0", "attention_mask"]),
+        ({"input_ids": [[5, 6], [7, -1]]}, ["document 1", "-1"]),
+        ([{"input_ids": [5]}], ["input_ids", "list", "batched=True"]),
     ],
     ids=[
         "flat_integers",
@@ -243,6 +247,10 @@ def test_an_unknown_option_is_an_error():
         "no_input_ids",
         "fractions",
         "nested_lists",
+        "fewer_masks",
+        "short_mask",
+        "negative_token",
+        "rows_instead_of_columns",
     ],
 )
 def test_bad_columns(batch, words):

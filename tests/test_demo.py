@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,21 @@ def test_tokenizer_gives_the_text_back():
 
 def test_without_matplotlib_there_is_a_table_and_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
-    report._draw([], [], tmp_path / "demo.png", report.Console())
+    report._draw([], [], tmp_path / "demo.png", report.Console(markup=False))
     assert "hf-ext[demo]" in capsys.readouterr().out
     assert not (tmp_path / "demo.png").exists()
+
+
+def test_an_interrupt_ends_the_trainings(tmp_path):
+    """Ctrl-C sent to the demo alone, as an IDE does, must not wait for what nobody wants any more."""
+    code = f"""
+        import os, pathlib, signal, threading
+        from hf_ext.demo import report
+        threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
+        run = report.Run("endless", ["-c", "import time; time.sleep(60)"], steps=1)
+        report._run_all([run], pathlib.Path({str(tmp_path)!r}))
+        """
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=50)
+    assert "KeyboardInterrupt" in done.stderr
+    assert time.monotonic() - started < 40

@@ -110,22 +110,42 @@ def test_a_failed_registration_is_named_with_host_cause_and_version(tmp_path):
     assert "HF_EXT_DEBUG=1" in problem
 
 
+READS = compat.reads_attention_from_config()
+
+
 @pytest.mark.parametrize(
     ("config", "effective", "reason"),
     [
-        ({"model_type": "llama", "attn_implementation": "anchor"}, compat.reads_attention_from_config(), None),
+        ({"model_type": "llama", "attn_implementation": "anchor"}, READS, None),
         ({"model_type": "llama", "attn_implementation": "sdpa"}, False, "not a name"),
-        ({"model_type": "lfm2", "attn_implementation": "anchor"}, False, "mix"),
+        ({"model_type": "llama", "attn_implementation": "anchr"}, False, "did you mean 'anchor'?"),
+        ({"model_type": "bloom", "attn_implementation": "anchor"}, False, "table of attention functions"),
+        ({"model_type": "mamba", "attn_implementation": "anchor"}, False, "mix"),
+        ({"model_type": "nothing", "attn_implementation": "anchor"}, False, "no causal language model"),
     ],
-    ids=["ours", "a stock name", "a refused model"],
+    ids=["ours", "a stock name", "misspelt", "no attention function", "recurrent", "unknown type"],
 )
 def test_model_folder(tmp_path, config, effective, reason):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
     assert string["value"] == config["attn_implementation"]
     assert string["effective"] is effective
-    if reason and compat.reads_attention_from_config():
+    if reason and (READS or string["value"] != "anchor"):
         assert reason in string["reason"]
+
+
+def test_a_name_of_ours_without_effect_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "attn_implementation": "anchor"}')
+    status, report = run_doctor("--model", str(tmp_path))
+    assert status == 1
+    assert "has no effect" in report["problems"][-1]
+
+
+def test_the_key_is_found_in_the_parts_of_a_composite_model(tmp_path):
+    config = {"model_type": "llava", "text_config": {"model_type": "llama", "attn_implementation": "anchr"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
+    assert string["key"] == "text_config.attn_implementation"
 
 
 def test_model_folder_without_a_string_of_ours(tmp_path):
@@ -133,7 +153,7 @@ def test_model_folder_without_a_string_of_ours(tmp_path):
     assert doctor.examine_model(tmp_path, "autoload")["strings"] == []
 
 
-@pytest.mark.parametrize(("content", "text"), [(None, "no config.json"), ("{", "not JSON")])
+@pytest.mark.parametrize(("content", "text"), [(None, "no config.json"), ("{", "not JSON"), ("[1]", "not an object")])
 def test_a_useless_model_folder_is_refused(tmp_path, content, text):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -149,3 +169,14 @@ def test_peft_too_old_for_this_transformers(monkeypatch):
         pytest.skip("this transformers asks for no particular peft")
     assert "0.17.0" in problems[0]
     assert "pip install" in problems[0]
+
+
+def test_brackets_in_names_are_printed_as_they_are(tmp_path):
+    """rich would take them for markup."""
+    folder = tmp_path / "m[/x]"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"attn_implementation": "anchr"}')
+    command = [sys.executable, "-c", "from hf_ext.cli import main; main()", "doctor", "--model", str(folder)]
+    done = subprocess.run(command, env=os.environ | {"COLUMNS": "300"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert str(folder) in done.stdout

@@ -304,3 +304,12 @@ def test_accelerate_launch(tmp_path):
     except subprocess.TimeoutExpired:
         pytest.skip("accelerate launch takes over 20 seconds here")
     assert_launched(process, tmp_path, ranks=1)
+
+
+def test_a_package_that_misses_something_of_its_own_says_what(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("import nowhere_to_be_found")
+    (tmp_path / "package/module.py").write_text("")
+    done = run("-m", "hf_ext.run", "-m", "package.module", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "No module named 'nowhere_to_be_found'" in done.stderr

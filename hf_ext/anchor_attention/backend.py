@@ -11,7 +11,7 @@ from hf_ext import compat
 from hf_ext.anchor_attention.engines import Options, current_engine, segment_attention
 from hf_ext.anchor_attention.reference import masked_attention
 from hf_ext.anchor_attention.segments import SegmentTable, build_table
-from hf_ext.anchor_attention.support import AnchorUnsupportedError, MaskTouchedError, refusal, who
+from hf_ext.anchor_attention.support import COMPOSITE, AnchorUnsupportedError, MaskTouchedError, refusal, who
 
 
 class AnchorMask:
@@ -37,7 +37,7 @@ class AnchorMask:
     def table(self, shape: tuple[int, int], position_ids: Tensor, anchor_doc_ids: Tensor | None) -> SegmentTable:
         """The segments of this forward, built at its first layer."""
         # Holding the tensors themselves keeps their memory from being reused under the same key.
-        key = (position_ids, position_ids._version, anchor_doc_ids, shape)
+        key = (position_ids, _version(position_ids), anchor_doc_ids, shape)
         if self._key is None or not _same(self._key, key):
             self._table = build_table(shape, position_ids, self.padding, anchor_doc_ids)
             self._key = key
@@ -60,6 +60,11 @@ class AnchorMask:
         raise mask._touched(f"torch.{getattr(function, '__name__', function)}")
 
 
+def _version(tensor: Tensor) -> int:
+    """Counts in-place changes, which tensors made under `torch.inference_mode` do not."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _same(old: tuple, new: tuple) -> bool:
     return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(old, new, strict=True))
 
@@ -71,7 +76,9 @@ def _refuse(operator: str) -> Any:
     return refuse
 
 
-for _operator in ("getitem", "add", "radd", "sub", "rsub", "mul", "rmul", "eq", "ne", "invert", "iter", "len"):
+_BINARY = ["add", "sub", "mul", "truediv", "matmul", "and", "or", "xor"]
+_OTHER = ["getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge", "invert", "neg", "iter", "len"]
+for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER):
     setattr(AnchorMask, f"__{_operator}__", _refuse(f"__{_operator}__"))
 
 
@@ -92,12 +99,15 @@ def anchor_mask(
     continued prefill, static caches) gets sdpa's mask: there, one row is one document.
 
     Raises:
-        AnchorUnsupportedError: the host asks for a mask in which a token sees a later one.
+        AnchorUnsupportedError: the host asks for a mask in which a token sees a later one, or the model is traced.
     """
     if isinstance(attention_mask, AnchorMask):
         return attention_mask
-    q_length, q_offset = compat.query_span(arguments)
     model = who("the model", config)
+    if torch.jit.is_tracing():
+        reason = "torch.jit.trace would freeze the documents of its example into the graph"
+        raise AnchorUnsupportedError(refusal(model, reason))
+    q_length, q_offset = compat.query_span(arguments)
     if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
         _refuse_looking_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"), model)
         if attention_mask is not None:
@@ -122,7 +132,9 @@ def _refuse_looking_ahead(mask_function: Any, batch_size: int, length: int, devi
     query = torch.arange(length - 1, device=device)[None, :]
     row = torch.arange(batch_size, device=device)[:, None]
     if torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any():
-        raise AnchorUnsupportedError(refusal(model, "it lets a token see later ones (bidirectional attention)"))
+        raise AnchorUnsupportedError(
+            refusal(model, f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE})")
+        )
 
 
 def anchor_attention_forward(
@@ -153,7 +165,7 @@ def anchor_attention_forward(
         ValueError: positions whose shape does not fit the row.
     """
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise _unsupported(module, "the layer asks for bidirectional or cross attention")
+        raise _unsupported(module, f"the layer asks for bidirectional or cross attention ({COMPOSITE})")
     if position_bias is not None:
         raise _unsupported(module, "the layer adds a position bias to its scores")
     if cache is not None:
@@ -161,6 +173,8 @@ def anchor_attention_forward(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
+        if key.shape[2] != query.shape[2]:
+            _refuse_packed(module, position_ids)
         return _as_sdpa(module, query, key, value, attention_mask, dropout, scaling, softcap, s_aux), None
     if position_ids is None:
         raise _unsupported(module, "it does not hand position_ids to the attention function")
@@ -176,6 +190,21 @@ def anchor_attention_forward(
     compat.announce("anchor", engine=current_engine())
     out = segment_attention(query, key, value, table, Options(scaling, sliding_window, softcap, dropout, s_aux))
     return out.transpose(1, 2).contiguous(), None
+
+
+def _refuse_packed(module: torch.nn.Module, position_ids: Tensor | None) -> None:
+    """Behind a cache or a learned prefix a row is one document; several would see each other, and silently.
+
+    A position 0 after one of at least 2 tells that: the positions of padding are 0 or 1.
+    """
+    if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
+        return
+    if ((position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 2)).any():
+        raise _unsupported(
+            module,
+            "packed documents (position_ids restart inside a row) came together with cached keys or a learned prefix, "
+            "behind which they could not be told apart",
+        )
 
 
 def _as_sdpa(

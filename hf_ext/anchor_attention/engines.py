@@ -61,6 +61,8 @@ def anchor_attention(
     Raises:
         ValueError: shapes that do not fit each other, or an option outside its range.
     """
+    if query.ndim != 4:
+        raise ValueError(f"query must be (B, Hq, L, D), not {tuple(query.shape)}")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     options = Options(scaling, sliding_window, softcap, dropout, sinks)
@@ -90,10 +92,13 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
 
 def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, sinks: Tensor | None) -> None:
     shapes = [tuple(x.shape) for x in (query, key, value)]
-    (batch, heads, length, width), (_, key_heads, _, _), (*value_shape, _) = shapes
+    batch, heads, length, width = shapes[0]
+    key_heads = shapes[1][1]
     if (
         shapes[1] != (batch, key_heads, length, width)
-        or value_shape != [batch, key_heads, length]
+        or shapes[2][:3] != (batch, key_heads, length)
+        or len(shapes[2]) != 4
+        or not key_heads
         or heads % key_heads
         or table.shape != (batch, length)
     ):

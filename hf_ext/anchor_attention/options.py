@@ -10,7 +10,7 @@ class Options:
     """Features of one attention call.
 
     Args:
-        scaling: factor on q k^T.
+        scaling: factor on q k^T, positive.
         sliding_window: a query sees that many columns of its row, its own included.
         softcap: c in c * tanh(s / c), applied to the scores before masking.
         dropout: probability on the weights, applied as given (the caller passes 0 in evaluation).
@@ -27,8 +27,11 @@ class Options:
     sinks: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.sliding_window is not None and (self.sliding_window < 1 or self.sliding_window % 1):
-            raise ValueError(f"sliding_window must be a whole number of at least 1, not {self.sliding_window}")
+        if not self.scaling > 0:
+            raise ValueError(f"scaling must be positive, not {self.scaling}")
+        window = self.sliding_window
+        if window is not None and not (isinstance(window, int) and window >= 1):
+            raise ValueError(f"sliding_window must be an integer of at least 1, not {window!r}")
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive, not {self.softcap}")
         if not 0 <= self.dropout < 1:

@@ -18,9 +18,9 @@ class AnchorPacking:
     Use as `dataset.map(packing, batched=True, remove_columns=dataset.column_names)`. It reads the columns `input_ids`
     and, where present, `labels` (same lengths), and writes `input_ids`, `labels`, `position_ids` (and
     `anchor_doc_ids` for the shared layout), every row exactly `max_length` long, so that the default collator stacks
-    them at any batch size. No token is lost: a document that does not fit is continued in the next row, behind an
-    anchor of its own. A document's leading anchor token is the anchor; it is not doubled. A larger `batch_size` in
-    `map` means less padding.
+    them at any batch size. (DataCollatorForLanguageModeling will not do: it puts labels of its own in their place.)
+    No token is lost: a document that does not fit is continued in the next row, behind an anchor of its own. A
+    document's leading anchor token is the anchor; it is not doubled. A larger `batch_size` in `map` means less padding.
 
     Args:
         max_length: tokens a row.
@@ -89,21 +89,26 @@ class AnchorPacking:
 
     def _documents(self, batch: Mapping[str, Sequence[Any]]) -> list[tuple[int, list[int], list[int]]]:
         """(index, tokens, labels) of every document that has tokens, without its leading anchor."""
-        if "input_ids" not in batch:
-            raise ValueError(f"packing needs a column input_ids; the data set has {', '.join(batch) or 'no columns'}")
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            given = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ValueError(
+                f"packing needs a column input_ids, and was given {given or 'no columns'}; "
+                "call it through dataset.map(packing, batched=True, ...)"
+            )
         documents = _lists(batch["input_ids"], "input_ids")
         labels = _lists(batch["labels"], "labels") if "labels" in batch else documents
-        masks = _lists(batch["attention_mask"], "attention_mask") if "attention_mask" in batch else []
+        masks = _lists(batch["attention_mask"], "attention_mask") if "attention_mask" in batch else None
         if len(documents) != len(labels):
             raise ValueError(f"input_ids holds {len(documents)} documents and labels {len(labels)}")
+        if masks is not None and len(documents) != len(masks):
+            raise ValueError(f"input_ids holds {len(documents)} documents and attention_mask {len(masks)}")
         for index, (document, label) in enumerate(zip(documents, labels, strict=True)):
             if len(document) != len(label):
                 raise ValueError(f"document {index} has {len(document)} tokens but {len(label)} labels")
-        for index, mask in enumerate(masks):
-            if not all(mask):
-                raise ValueError(
-                    f"document {index} is padded: its attention_mask holds zeros; tokenize without padding"
-                )
+            if min(document, default=0) < 0:
+                raise ValueError(f"document {index} holds a negative token id, {min(document)}")
+            if masks is not None and masks[index] != [1] * len(document):
+                raise ValueError(f"document {index} is padded: its attention_mask is not one 1 a token")
         heads = [int(document[:1] == [self.anchor_token_id]) for document in documents]
         rows = enumerate(zip(documents, labels, heads, strict=True))
         kept = [(i, tokens[head:], label[head:]) for i, (tokens, label, head) in rows if len(tokens) > head]
@@ -191,7 +196,7 @@ class _Rows:
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _lists(column: Sequence[Any], name: str) -> list[list[int]]:

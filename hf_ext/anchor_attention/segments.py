@@ -42,15 +42,13 @@ def build_table(
     Raises:
         ValueError: a tensor whose shape does not fit, or document ids that are not in order.
     """
-    _check_shape("position_ids", position_ids, shape, broadcast=True)
+    _check_integers("position_ids", position_ids, shape, broadcast=True)
     if shape[1] == 0:
-        raise ValueError("the rows hold no tokens: (batch, length) = " + str(tuple(shape)))
-    if position_ids.is_floating_point():
-        raise ValueError(f"position_ids must be integers, not {position_ids.dtype} (which rounds large positions)")
+        raise ValueError(f"the rows hold no tokens: (batch, length) = {tuple(shape)}")
     if attention_mask is not None:
         _check_shape("attention_mask", attention_mask, shape)
     if anchor_doc_ids is not None:
-        _check_shape("anchor_doc_ids", anchor_doc_ids, shape)
+        _check_integers("anchor_doc_ids", anchor_doc_ids, shape)
         return segments_from_documents(anchor_doc_ids, attention_mask)
     return segments_from_positions(position_ids.expand(shape), attention_mask)
 
@@ -120,6 +118,14 @@ def _gathered(segment: Tensor, tokens: Tensor, own: Tensor, like: Tensor) -> Seg
     lengths = segment.unique_consecutive(return_counts=True)[1].tolist()
     rows = torch.bincount(tokens // like.shape[1], minlength=like.shape[0]).tolist()
     return SegmentTable(tuple(like.shape), lengths, rows, tokens.to(like.device), slots.to(like.device))
+
+
+def _check_integers(name: str, tensor: Tensor, shape: tuple[int, int], broadcast: bool = False) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} must be a tensor of integers, not {type(tensor).__name__}")
+    if tensor.dtype in (torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name} must hold integers, not {tensor.dtype}")
+    _check_shape(name, tensor, shape, broadcast)
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, int], broadcast: bool = False) -> None:

@@ -7,6 +7,10 @@ NAMES = ("anchor",)
 
 MIXES = "its layers mix the tokens of a row outside attention, so documents would leak into one another"
 SWALLOWS = "it does not hand position_ids to the attention function"
+COMPOSITE = (
+    "in a composite model, name it for the text part alone: "
+    'attn_implementation={"text_config": "anchor", "vision_config": "sdpa"}'
+)
 READS_MASK = "a part of it other than attention reads the mask"
 
 # Types whose class flags claim support although they break: found by running each of them on packed rows.
@@ -72,7 +76,7 @@ def why_unsupported(model_class: type, config: Any) -> str | None:
         return MIXES
     foreign = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - {*LAYER_TYPES})
     if foreign:
-        return f"{MIXES} (layer_types {', '.join(foreign)})"
+        return f"it has layers of other kinds than {' and '.join(LAYER_TYPES)}: {', '.join(foreign)}"
     if not getattr(model_class, "_supports_attention_backend", False) and model_type not in PROVEN_TYPES:
         return "its attention layers do not go through the host's table of attention functions"
     if model_class.can_generate() and "position_ids" not in inspect.signature(model_class.forward).parameters:

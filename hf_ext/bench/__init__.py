@@ -14,11 +14,11 @@ def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: b
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, highlight=False)
     rows = []
     for row in import_module(f"hf_ext.bench.{name}").rows(quick):
         rows.append(row)
-        console.print(f"[dim]{' | '.join(cell for cell in cells(row) if cell)}[/dim]", highlight=False)
+        console.print(" | ".join(cell for cell in cells(row) if cell), style="dim")
     about = machine()
     table = Table("measured", "ours", "peer", "peer / ours", "target", "met", title=f"hf-ext bench {name}")
     for row in rows:
@@ -29,5 +29,5 @@ def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: b
     missed = not quick and any(row.met is False for row in rows)
     lacking = require_cuda and any(row.skipped and "CUDA" in row.skipped for row in rows)
     if lacking:
-        console.print("[red]--require-cuda: CUDA rows were skipped[/red]")
+        console.print("--require-cuda: CUDA rows were skipped", style="red")
     return not missed and not lacking

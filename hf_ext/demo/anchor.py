@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, load_from_disk
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -15,7 +15,7 @@ from hf_ext.anchor_attention.reference import same_segment, visible_keys
 from hf_ext.demo.report import Outcome, Run
 from hf_ext.demo.text import documents, train_tokenizer
 
-LENGTH, STEPS, VALIDATION_ROWS = 4096, 75, 4
+LENGTH, STEPS, TEST_ROWS = 4096, 75, 4
 RUNS = {"sdpa": "stock sdpa", "anchor": "anchor"}
 
 
@@ -28,8 +28,7 @@ def prepare(out: Path, quick: bool) -> list[Run]:
     tokens = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
     packing = AnchorPacking(max_length=length, anchor_token_id=tokenizer.bos_token_id)
     rows = tokens.map(packing, batched=True, batch_size=len(tokens), remove_columns=tokens.column_names)
-    rows = rows.train_test_split(VALIDATION_ROWS, seed=0)
-    DatasetDict(train=rows["train"], validation=rows["test"]).save_to_disk(out / "packed")
+    rows.train_test_split(TEST_ROWS, seed=0).save_to_disk(out / "packed")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -53,7 +52,7 @@ def judge(out: Path) -> Outcome:
     """Compare the two trainings, and hold the trained model to its promises."""
     results = {name: json.loads((out / "runs" / name / "results.json").read_text()) for name in RUNS}
     step = {name: statistics.median(result["step_seconds"]) for name, result in results.items()}
-    row = load_from_disk(str(out / "packed"))["validation"].with_format("torch")[:2]
+    row = load_from_disk(str(out / "packed"))["test"].with_format("torch")[:2]
     anchor = AutoModelForCausalLM.from_pretrained(out / "runs" / "anchor", attn_implementation="anchor").eval()
     stock = AutoModelForCausalLM.from_pretrained(out / "runs" / "sdpa", attn_implementation="sdpa").eval()
     leaks = _leak(anchor, row, row["position_ids"])
@@ -62,9 +61,9 @@ def judge(out: Path) -> Outcome:
     passed = leaks == 0.0 and off < 1e-3 and stock_leaks > 0.0
     return Outcome(
         string="--attn_implementation anchor",
-        baseline=f"sdpa on whole rows: {_ms(step['sdpa'])} a step, validation loss {results['sdpa']['eval_loss']:.3f}",
+        baseline=f"sdpa on whole rows: {_ms(step['sdpa'])} a step, test loss {results['sdpa']['eval_loss']:.3f}",
         ours=f"{_ms(step['anchor'])} a step ({step['sdpa'] / step['anchor']:.1f}x), "
-        f"validation loss {results['anchor']['eval_loss']:.3f}",
+        f"test loss {results['anchor']['eval_loss']:.3f}",
         check=f"changing one document moves the logits of the others by {leaks:g} (stock: {stock_leaks:.2g}); "
         f"distance from dense attention {off:.0e}",
         passed=passed,

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from tqdm import tqdm
 
 METHODS = ("anchor",)
@@ -70,7 +71,7 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> bool
     Raises:
         DemoError: the folder cannot be used, or a process failed.
     """
-    console = Console()
+    console = Console(markup=False, highlight=False)
     _make_folder(out, overwrite)
     shutil.copy(Path(__file__).with_name("train.py"), out / "train.py")
     methods = [import_module(f"hf_ext.demo.{name}") for name in METHODS]
@@ -119,8 +120,15 @@ def _run_all(runs: list[Run], out: Path) -> None:
     bars = [
         tqdm(desc=run.name, total=run.steps, position=i, mininterval=1, bar_format=BAR) for i, run in enumerate(runs)
     ]
+    started: list[subprocess.Popen] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        logs = list(pool.map(lambda run, bar: _run(run, out, bar), runs, bars))
+        try:
+            logs = list(pool.map(lambda run, bar: _run(run, out, bar, started), runs, bars))
+        except BaseException:  # Ctrl-C, above all: the pool would wait for trainings that nobody wants any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.terminate()
+            raise
     for bar in bars:
         bar.close()
     for run, (status, log) in zip(runs, logs, strict=True):
@@ -133,7 +141,7 @@ def _run_all(runs: list[Run], out: Path) -> None:
             )
 
 
-def _run(run: Run, out: Path, bar: tqdm) -> tuple[int, str]:
+def _run(run: Run, out: Path, bar: tqdm, started: list[subprocess.Popen]) -> tuple[int, str]:
     """Run to the end, moving `bar` along with the script's own progress bar; returns exit status and output."""
     with subprocess.Popen(
         [sys.executable, *run.command],
@@ -142,6 +150,7 @@ def _run(run: Run, out: Path, bar: tqdm) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     ) as process:
+        started.append(process)
         log = b""
         while chunk := process.stdout.read1():
             log += chunk
@@ -159,14 +168,14 @@ def _show(outcomes: list[Outcome], console: Console) -> None:
     for column in ("string typed", "baseline", "with hf_ext", "check"):
         table.add_column(column, overflow="fold")
     for outcome in outcomes:
-        verdict = "[green]ok[/green]" if outcome.passed else "[bold red]FAIL[/bold red]"
-        table.add_row(outcome.string, outcome.baseline, outcome.ours, f"{verdict}: {outcome.check}")
+        verdict = Text("ok: " if outcome.passed else "FAIL: ", style="green" if outcome.passed else "bold red")
+        table.add_row(outcome.string, outcome.baseline, outcome.ours, verdict.append(outcome.check, style="default"))
     console.print(table)
 
 
 def _draw(methods: list[ModuleType], outcomes: list[Outcome], path: Path, console: Console) -> None:
     if find_spec("matplotlib") is None:
-        console.print("No picture: matplotlib is missing. `pip install 'hf-ext\\[demo]'` brings it.")
+        console.print("No picture: matplotlib is missing. `pip install 'hf-ext[demo]'` brings it.")
         return
     import matplotlib
 

@@ -2,8 +2,8 @@
 
     python train.py --dataset packed --config_name model --attn_implementation sdpa --output_dir runs/sdpa
 
-The data set is a folder written by `datasets` with the splits "train" and "validation" and the columns input_ids,
-labels and position_ids, all rows of one length. Also runs under `accelerate launch` and `torchrun`.
+The data set is a folder written by `datasets` with the splits "train" and "test" and the columns input_ids, labels and
+position_ids, all rows of one length. Also runs under `accelerate launch` and `torchrun`.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def main() -> None:
             seed=args.seed,
         ),
         train_dataset=rows["train"],
-        eval_dataset=rows["validation"],
+        eval_dataset=rows["test"],
         data_collator=default_data_collator,
         callbacks=[clock],
     )
