@@ -379,6 +379,7 @@ def test_inference_mode(llama):
         assert torch.equal(llama(input_ids=ROWS.input_ids, position_ids=positions).logits, expected)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # tracing reads every property of the model
 def test_a_trace_is_refused(llama):
     """It would hold the documents of its example for ever."""
     call = {"input_ids": ROWS.input_ids, "position_ids": ROWS.position_ids}

@@ -34,26 +34,25 @@ def sdpa_engine(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, 
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, lengths: list[int], options: Options) -> Tensor:
-    """Long segments are views of the input; neighbouring short ones form a run, and all runs are computed at once."""
+    """Neighbours of one length are one view of the input; runs of short ones are gathered and computed together."""
     if len(set(lengths)) == 1:
         return _equal_segments(q, k, v, lengths[0], options)
     if max(lengths) <= SHORT:
         return _short_segments(q, k, v, lengths, options)
-    pieces = []  # (slots, is a run)
-    for short, group in groupby(lengths, lambda length: length <= SHORT):
-        group = list(group)
-        pieces += [(sum(group), True)] if short else [(length, False) for length in group]
+    pieces = []  # (slots, length of each segment among them, or 0 for a run of short ones)
+    for length, group in groupby(lengths, key=lambda length: max(length, SHORT)):
+        pieces.append((sum(group), length if length > SHORT else 0))
     sizes = [size for size, _ in pieces]
     parts = list(zip(*(x.split(sizes) for x in (q, k, v)), strict=True))
-    runs = [part for part, (_, is_run) in zip(parts, pieces, strict=True) if is_run]
+    runs = [part for part, (_, length) in zip(parts, pieces, strict=True) if not length]
     if runs:
         merged = (torch.cat(column) for column in zip(*runs, strict=True))
         short = _short_segments(*merged, [length for length in lengths if length <= SHORT], options)
-        done = iter(short.split([size for size, is_run in pieces if is_run]))
+        done = iter(short.split([size for size, length in pieces if not length]))
     return torch.cat(
         [
-            next(done) if is_run else _equal_segments(*part, size, options)
-            for part, (size, is_run) in zip(parts, pieces, strict=True)
+            _equal_segments(*part, length, options) if length else next(done)
+            for part, (_, length) in zip(parts, pieces, strict=True)
         ]
     )
 
