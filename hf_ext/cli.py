@@ -111,9 +111,10 @@ def _show(report: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from hf_ext.doctor import summary
+
     console = Console(markup=False, highlight=False)
-    about = report["hf_ext"]
-    console.print(f"hf_ext {about['version']}, Python {report['python']}, names reach scripts by: {report['channel']}")
+    console.print(summary(report))
     hosts = Table("host", "version", "names", "state", "reason")
     for name, host in report["hosts"].items():
         hosts.add_row(

@@ -61,6 +61,12 @@ def examine(model: Path | None = None) -> dict[str, Any]:
     return report
 
 
+def summary(report: dict[str, Any]) -> str:
+    """The state of things in one line."""
+    hosts = [f"{name} {host['version'] or '-'} {host['state']}" for name, host in report["hosts"].items()]
+    return f"hf_ext {report['hf_ext']['version']}, names reach scripts by: {report['channel']}; {', '.join(hosts)}"
+
+
 # --- inside the fresh interpreter
 
 

@@ -575,3 +575,20 @@ class TestChoice:
         assert "chosen" in available_engines()["dense"].reason
         assert VARIABLE in available_engines()["dense"].reason
         assert os.environ[VARIABLE] == "dense"
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}, {"softcap": 3.0}], ids=["plain", "window", "softcap"])
+def test_on_cuda(engine, dtype, tolerance, options):
+    problem = Problem(RAGGED, widths=(16, 16), options=options, dtype=dtype)
+    expected = problem.expected()
+    problem.tensors = {name: x.cuda() for name, x in problem.tensors.items()}
+    problem.grad_out, problem.position_ids = problem.grad_out.cuda(), problem.position_ids.cuda()
+    computed = {name: x.cpu().double() for name, x in problem.computed().items()}
+    assert_equal(computed, expected, tolerance)

@@ -259,8 +259,6 @@ def test_module_says_what_it_is_for(name):
 @pytest.mark.smoke
 @pytest.mark.parametrize("module", ["hf_ext", "hf_ext.registry", "hf_ext.compat", "hf_ext.run", "hf_ext.cli"])
 def test_import_loads_nothing_heavy(module):
-    if module == "hf_ext.cli" and not (ROOT / "cli.py").exists():
-        pytest.skip("no CLI yet")
     heavy = HEAVY - {"rich", "typer"} if module == "hf_ext.cli" else HEAVY
     process = run_python(f"import sys, {module}\nprint(sorted({heavy!r} & set(sys.modules)))")
     assert process.stdout.strip() == "[]", process.stderr

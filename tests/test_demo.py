@@ -40,6 +40,17 @@ def test_the_table_has_a_row_a_method_and_the_four_columns(quick):
     assert "--attn_implementation anchor" in done.stdout
 
 
+def test_the_doctor_comes_first(quick):
+    done, _ = quick
+    assert "names reach scripts by: autoload" in done.stdout.splitlines()[0]
+
+
+def test_without_autoload_it_says_so_before_any_training(tmp_path):
+    done = hf_ext("demo", "--quick", cwd=tmp_path, HF_EXT_AUTOLOAD="0")
+    assert done.returncode == 2
+    assert "HF_EXT_AUTOLOAD=0" in done.stderr
+
+
 def test_progress_bars_are_shown(quick):
     done, _ = quick
     assert "10/10 steps" in done.stderr
@@ -132,6 +143,7 @@ def test_without_library_sources_the_installed_packages_serve(tmp_path, monkeypa
 
 def test_without_any_sources_the_demo_says_what_it_looked_for(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(text, "_places", lambda: [("the standard library", tmp_path / "nowhere")])
+    monkeypatch.setattr(report, "_see_the_doctor", lambda console: None)
     with pytest.raises(report.DemoError, match="found only 0 docstrings"):
         report.run_demo(tmp_path / "out", quick=True)
     assert str(tmp_path / "nowhere") in capsys.readouterr().out

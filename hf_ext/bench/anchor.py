@@ -8,6 +8,7 @@ with packed rows today).
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,7 +86,7 @@ def _ours(lengths: list[int]) -> Callable[[], None]:
 
 def _against_causal(what: str, lengths: list[int], repeats: int, target: float) -> Row:
     inputs = _inputs(sum(lengths))
-    peer = lambda: _step(_causal, *inputs)  # noqa: E731
+    peer = partial(_step, _causal, *inputs)
     return compare(what, _ours(lengths), peer, peer_name="causal SDPA", repeats=repeats, at_least=target)
 
 
@@ -106,7 +107,7 @@ def _against_loop(what: str, lengths: list[int], repeats: int, target: float) ->
         documents = zip(*(x.split(lengths, dim=2) for x in qkv), strict=True)
         return torch.cat([_causal(*document) for document in documents], dim=2)
 
-    peer = lambda: _step(loop, *inputs)  # noqa: E731
+    peer = partial(_step, loop, *inputs)
     return compare(what, _ours(lengths), peer, peer_name="loop over documents", repeats=repeats, at_least=target)
 
 
@@ -118,7 +119,7 @@ def _against_mask(what: str, lengths: list[int], repeats: int) -> Row:
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    peer = lambda: _step(masked, *inputs)  # noqa: E731
+    peer = partial(_step, masked, *inputs)
     return compare(what, _ours(lengths), peer, peer_name="SDPA, document mask", repeats=repeats)
 
 

@@ -24,6 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from tqdm import tqdm
 
+from hf_ext import doctor
+
 METHODS = ("anchor",)
 
 # One thread a process and two processes at a time: tiny models only lose by sharing their cores.
@@ -73,6 +75,7 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> bool
     """
     console = Console(markup=False, highlight=False)
     _make_folder(out, overwrite)
+    _see_the_doctor(console)
     shutil.copy(Path(__file__).with_name("train.py"), out / "train.py")
     methods = [import_module(f"hf_ext.demo.{name}") for name in METHODS]
     console.print(f"Writing text, tokenizer, packed rows and model configuration to {out} ...")
@@ -87,6 +90,15 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> bool
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     _draw(methods, outcomes, out / "demo.png", console)
     return all(outcome.passed for outcome in outcomes)
+
+
+def _see_the_doctor(console: Console) -> None:
+    report = doctor.examine()
+    console.print(doctor.summary(report))
+    if report["channel"] == "off" and report["ok"]:
+        raise DemoError("HF_EXT_AUTOLOAD=0 keeps the names from the script that this is about; unset it")
+    if not report["ok"]:
+        raise DemoError("first mend what `hf-ext doctor` finds:\n" + "\n".join(report["problems"]))
 
 
 def _make_folder(out: Path, overwrite: bool) -> None:
