@@ -16,6 +16,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from hf_ext import compat
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 
 # ---------------------------------------------------------------- refusals
@@ -143,3 +144,13 @@ def test_nothing_of_it_is_saved(llama, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="anchor")
     batch = {"input_ids": ROWS.input_ids, "position_ids": ROWS.position_ids}
     assert_equal(logits(again, **batch), logits(plain, **batch, attention_mask=VISIBLE[:, None]), 1e-5)
+
+
+@pytest.mark.skipif(not compat.reads_attention_from_config(), reason="this transformers ignores the key")
+def test_the_key_in_a_config_file_takes_effect_and_a_keyword_wins(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"attn_implementation": "anchor"}))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "anchor"
+    chosen = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa")
+    assert chosen.config._attn_implementation == "sdpa"

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -9,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from hf_ext.demo import report, text
 
@@ -176,3 +179,19 @@ def test_an_interrupt_ends_the_trainings(tmp_path):
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=50)
     assert "KeyboardInterrupt" in done.stderr
     assert time.monotonic() - started < 40
+
+
+def test_readme_packs_what_the_script_trains_on(quick, tmp_path, monkeypatch):
+    """README's own Python block, then its own command, on a model folder and tokenizer of the demo."""
+    _, out = quick
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    block = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1].replace("4096", "64")
+    command = re.search(r"^python hf_ext/demo/(train.py .*)$", readme, re.MULTILINE)[1]
+    tokenizer = text.train_tokenizer(texts := text.documents(60, seed=0), vocab_size=1024)
+    documents = Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]})
+    monkeypatch.chdir(tmp_path)
+    exec(block, {"documents": documents, "tokenizer": tokenizer})
+    script = shlex.split(command.replace("MODEL_FOLDER", shlex.quote(str(out / "model"))))
+    script[0] = str(Path(report.__file__).with_name("train.py"))
+    done = subprocess.run([sys.executable, *script, "--max_steps", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
