@@ -97,10 +97,12 @@ def test_the_script_needs_autoload(quick, tmp_path):
     assert "torchvision::nms" in done.stderr or 'attn_implementation="anchor"' in done.stderr
 
 
-def test_a_used_folder_is_refused_unless_overwritten(quick):
-    _, out = quick
+def test_a_used_folder_is_refused_unless_overwritten(tmp_path):
+    out = tmp_path / "demo_out"
+    (out / "runs").mkdir(parents=True)
+    (out / "train.py").write_text("")
     (out / "mine.txt").write_text("kept")
-    done = hf_ext("demo", "--quick", cwd=out.parent)
+    done = hf_ext("demo", "--quick", cwd=tmp_path)
     assert done.returncode == 2
     assert "demo_out is not empty" in done.stderr
     assert "--overwrite" in done.stderr
