@@ -16,7 +16,8 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-# What the test lanes cover. Outside, names are still added when the interfaces exist, and doctor says "untested".
+# The lanes run the lowest and the newest release of each; of torch and torchvision the newest only, as the index has no
+# older CPU builds. Outside, names are still added where the interfaces exist, and doctor says "untested".
 TESTED = {
     "torch": ">=2.6,<3",
     "transformers": ">=4.56,<6",

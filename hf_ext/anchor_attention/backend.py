@@ -8,7 +8,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_ext import compat
-from hf_ext.anchor_attention.engines import Options, current_engine, segment_attention
+from hf_ext.anchor_attention.engines import current_engine, segment_attention
+from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.reference import masked_attention
 from hf_ext.anchor_attention.segments import SegmentTable, build_table
 from hf_ext.anchor_attention.support import COMPOSITE, AnchorUnsupportedError, MaskTouchedError, refusal, who

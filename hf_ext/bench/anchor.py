@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_ext.anchor_attention import anchor_attention
-from hf_ext.bench.harness import Row, compare
+from hf_ext.bench.harness import Row, compare, compare_cuda
 
 HEADS, WIDTH, LENGTH = 4, 64, 8192
 
@@ -175,8 +175,6 @@ def _cuda() -> Iterator[Row]:
     if not torch.cuda.is_available():
         yield Row(what, "causal SDPA", skipped="needs a CUDA device")
         return
-    from hf_ext.bench.harness import compare_cuda
-
     lengths = [2048] * 32
     inputs = [x.detach().cuda().bfloat16().requires_grad_() for x in _inputs(sum(lengths))]
     positions = _positions(lengths).cuda()

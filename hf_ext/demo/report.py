@@ -71,7 +71,7 @@ def run_demo(out: Path, *, quick: bool = False, overwrite: bool = False) -> bool
     """Run every method's demo in the folder `out`; returns whether every check held.
 
     Raises:
-        DemoError: the folder cannot be used, or a process failed.
+        DemoError: the folder cannot be used, the doctor found a problem, there is no text, or a process failed.
     """
     console = Console(markup=False, highlight=False)
     _make_folder(out, overwrite)
