@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_ext import compat, doctor, registry
 
@@ -70,6 +71,16 @@ def test_torchs_own_switch_is_a_problem_with_its_cure():
     status, report = run_doctor(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert (status, report["channel"]) == (1, "off")
     assert any("TORCH_DEVICE_BACKEND_AUTOLOAD" in text and "hf_ext.run" in text for text in report["problems"])
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch loads torchvision's operators")
+def test_torchvision_beside_a_cpu_build_of_torch_is_named_with_its_cure():
+    pytest.importorskip("torchvision")
+    _, report = run_doctor(TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    problem = next(text for text in report["problems"] if "torchvision::nms" in text)
+    assert "`import hf_ext` first cures it" in problem
+    _, wished = run_doctor(HF_EXT_AUTOLOAD="0")
+    assert "`import hf_ext` cures it" in wished["hosts"]["torchvision"]["reason"]
 
 
 def test_an_untested_version_is_a_problem(monkeypatch):
