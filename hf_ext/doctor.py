@@ -75,13 +75,9 @@ def answer(path: str, autoload: ModuleType | None, failed: dict[str, BaseExcepti
     hosts, problems = _hosts(autoload, failed)
     report = {"channel": autoload.CHANNEL[0] if autoload else "off", "hosts": hosts, "problems": problems}
     try:
-        from hf_ext.anchor_attention.engines import available_engines, current_engine
+        from hf_ext.anchor_attention.choice import available_engines
 
-        engines = available_engines()
-        report["engines"] = [
-            {"name": name, "chosen": name == current_engine(), "reason": status.reason}
-            for name, status in engines.items()
-        ]
+        report["engines"] = [{"name": name, **status._asdict()} for name, status in available_engines().items()]
     except Exception as error:
         report["engines"] = []
         problems.append(f"no attention engine: {type(error).__name__}: {error}")

@@ -504,9 +504,9 @@ def test_badly_ordered_documents_are_refused(engine, documents):
 @pytest.fixture
 def fresh_choice(monkeypatch):
     """No engine named by anybody, whatever ran before; the choice made before comes back afterwards."""
-    from hf_ext.anchor_attention import engines
+    from hf_ext.anchor_attention import choice
 
-    monkeypatch.setattr(engines, "_named", None)
+    monkeypatch.setattr(choice, "_named", None)
     monkeypatch.delenv(VARIABLE, raising=False)
 
 

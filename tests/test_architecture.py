@@ -23,7 +23,10 @@ PRESENT = sorted(method for method in METHODS if (ROOT / method).is_dir())
 HOSTS = {"transformers", "peft", "timm", "evaluate", "datasets", "accelerate", "torchvision"}
 HEAVY = {"torch", "numpy", "numba", "rich", "typer", *HOSTS}
 # Files that know tensors but no host.
-PURE = {"reference", "ops", "kernels", "segments", "engines", "sdpa", "dense", "options"}
+PURE = {
+    *("reference", "ops", "kernels", "segments", "engines"),
+    *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice"),
+}
 
 
 def files(*patterns):

@@ -4,7 +4,8 @@
 name (arXiv 2505.23520).
 """
 
-from hf_ext.anchor_attention.engines import EngineStatus, anchor_attention, available_engines, use_engine
+from hf_ext.anchor_attention.choice import EngineStatus, available_engines, use_engine
+from hf_ext.anchor_attention.engines import anchor_attention
 from hf_ext.anchor_attention.packing import AnchorPacking
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 

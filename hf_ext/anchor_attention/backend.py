@@ -8,7 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_ext import compat
-from hf_ext.anchor_attention.engines import current_engine, segment_attention
+from hf_ext.anchor_attention.engines import engine_for, segment_attention
 from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.reference import masked_attention
 from hf_ext.anchor_attention.segments import SegmentTable, build_table
@@ -188,8 +188,9 @@ def anchor_attention_forward(
         # Some hosts tell the window to the layer, some only to the mask.
         windows = [window for window in (sliding_window, attention_mask.window) if window is not None]
         sliding_window = min(windows, default=None)
-    compat.announce("anchor", engine=current_engine())
-    out = segment_attention(query, key, value, table, Options(scaling, sliding_window, softcap, dropout, s_aux))
+    options = Options(scaling, sliding_window, softcap, dropout, s_aux)
+    compat.announce("anchor", engine=engine_for(query, value, table, options).name)
+    out = segment_attention(query, key, value, table, options)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -1,29 +1,12 @@
-"""The operation itself, and which engine computes it.
-
-An engine is a function of query (slots, Hq, D), key (slots, Hkv, D), value (slots, Hkv, Dv), a SegmentTable and
-Options, and returns (slots, Hq, Dv).
-"""
-
-import os
-from collections.abc import Callable
-from difflib import get_close_matches
-from typing import NamedTuple
+"""The operation itself: segments gathered from the rows, computed by an engine, put back."""
 
 import torch
 from torch import Tensor
 
-from hf_ext.anchor_attention.dense import dense_engine
+from hf_ext.anchor_attention.choice import choose
+from hf_ext.anchor_attention.kernel import Kernel, call_of, without_idle_window
 from hf_ext.anchor_attention.options import Options
-from hf_ext.anchor_attention.sdpa import sdpa_engine
 from hf_ext.anchor_attention.segments import SegmentTable, build_table
-
-ENGINE_VARIABLE = "HF_EXT_ANCHOR_ENGINE"
-
-Engine = Callable[[Tensor, Tensor, Tensor, SegmentTable, Options], Tensor]
-ENGINES: dict[str, tuple[Engine, str]] = {
-    "sdpa": (sdpa_engine, "any device and dtype, memory linear in length"),
-    "dense": (dense_engine, "writes out (length, length) masks, for checks; only when named"),
-}
 
 
 def anchor_attention(
@@ -73,15 +56,30 @@ def anchor_attention(
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Tensor:
     """The engine in use, applied to a table of segments; shapes as in `anchor_attention`."""
     _check_shapes(query, key, value, table, options.sinks)
-    engine, _ = ENGINES[current_engine()]
+    query, key, value = _as_autocast(query, key, value)
+    options = without_idle_window(options, table)
+    engine = engine_for(query, value, table, options)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if table.tokens is not None:
         # index_select: the backward of advanced indexing is several times slower.
         q, k, v = (x.index_select(0, table.tokens) for x in (q, k, v))
-    out = engine(q, k, v, table, options) if table.lengths else _nothing(q, k, v, options.sinks)
+    out = engine.run(q, k, v, table, options) if table.lengths else _nothing(q, k, v, options.sinks)
     if table.slots is not None:
         out = torch.cat([out, out.new_zeros(1, *out.shape[1:])]).index_select(0, table.slots)
     return out.unflatten(0, table.shape).transpose(1, 2)
+
+
+def engine_for(query: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Kernel:
+    """What computes such a call here. Raises as `choice.choose` does."""
+    return choose(call_of(query, value, table, without_idle_window(options, table)))
+
+
+def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """Under autocast, rotary phases leave query and key in float32 beside a value in half precision."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors]
 
 
 def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -108,69 +106,3 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
         )
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be (Hq,) = ({heads},), not {tuple(sinks.shape)}")
-
-
-class EngineStatus(NamedTuple):
-    """usable: whether it can run here. reason: why it was chosen, or why it was not."""
-
-    usable: bool
-    reason: str
-
-
-def available_engines() -> dict[str, EngineStatus]:
-    """Every engine, whether it can run here, and why it is chosen or not."""
-    chosen = current_engine()
-    return {
-        name: EngineStatus(True, f"chosen{_chosen_by()}: {about}" if name == chosen else about)
-        for name, (_, about) in ENGINES.items()
-    }
-
-
-def current_engine() -> str:
-    """Name of the engine that runs: the one set by `use_engine`, else by HF_EXT_ANCHOR_ENGINE, else auto's choice.
-
-    Raises:
-        ValueError: the environment variable names no engine.
-    """
-    name = _named or _checked(os.environ.get(ENGINE_VARIABLE) or "auto", f"environment variable {ENGINE_VARIABLE}")
-    return "sdpa" if name == "auto" else name
-
-
-class use_engine:
-    """Set the engine of this process; as a context manager, until the block ends.
-
-    Args:
-        name: "auto", "sdpa" or "dense". "auto" also overrides the environment variable.
-
-    Raises:
-        ValueError: an unknown name, with the allowed ones and the nearest match.
-    """
-
-    def __init__(self, name: str) -> None:
-        global _named
-        self._former, _named = _named, _checked(name, "use_engine")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        global _named
-        _named = self._former
-
-
-_named: str | None = None
-
-
-def _chosen_by() -> str:
-    if _named is not None:
-        return "" if _named == "auto" else " by use_engine"
-    return f" by {ENGINE_VARIABLE}" if os.environ.get(ENGINE_VARIABLE, "auto") != "auto" else ""
-
-
-def _checked(name: str, source: str) -> str:
-    allowed = ["auto", *ENGINES]
-    if name not in allowed:
-        near = get_close_matches(str(name), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{source}: there is no engine {name!r}; allowed are {', '.join(allowed)}.{hint}")
-    return name

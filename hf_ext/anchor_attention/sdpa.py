@@ -21,8 +21,6 @@ BLOCK = 256
 
 def sdpa_engine(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Tensor:
     window = options.sliding_window
-    if window is not None and table.tokens is None and window >= max(table.lengths):
-        window = None  # no segment is longer than the window
     if window is None and options.softcap is None and options.sinks is None:
         return _plain(query, key, value, table.lengths, options)
     token = table.token_of_slot(query.device)

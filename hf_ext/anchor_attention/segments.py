@@ -1,9 +1,14 @@
 """From positions (or document ids) to a table of segments, whatever the layout and the padding."""
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +24,8 @@ class SegmentTable:
         tokens: (slots,) the token in each slot; None if the slots are just all tokens in order.
         slots: (B * L,) the slot with a token's output; the number of slots for a token that has none (padding);
             None together with `tokens`.
+        gaps: whether neighbouring slots of a segment may hold tokens that are not neighbours (a shared anchor and its
+            document, say): then a window, which counts columns, is not a window of slots.
     """
 
     shape: tuple[int, int]
@@ -26,9 +33,29 @@ class SegmentTable:
     rows: list[int]
     tokens: Tensor | None = None
     slots: Tensor | None = None
+    gaps: bool = False
 
     def token_of_slot(self, device: torch.device) -> Tensor:
         return torch.arange(sum(self.rows), device=device) if self.tokens is None else self.tokens
+
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
+    def bounds(self) -> Tensor:
+        """(segments + 1,) int32 on the CPU: the slot at which each segment starts, and the number of slots."""
+        return torch.tensor([0, *self.lengths]).cumsum(0).int()
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave the first time: engines keep here what every layer of a forward would derive again."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
+
+    @cached_property
+    def _kept(self) -> dict[Hashable, Any]:
+        return {}
 
 
 def build_table(
@@ -117,7 +144,8 @@ def _gathered(segment: Tensor, tokens: Tensor, own: Tensor, like: Tensor) -> Seg
     slots[tokens[own]] = torch.arange(len(tokens))[own]
     lengths = segment.unique_consecutive(return_counts=True)[1].tolist()
     rows = torch.bincount(tokens // like.shape[1], minlength=like.shape[0]).tolist()
-    return SegmentTable(tuple(like.shape), lengths, rows, tokens.to(like.device), slots.to(like.device))
+    gaps = bool(((segment.diff() == 0) & (tokens.diff() != 1)).any())
+    return SegmentTable(tuple(like.shape), lengths, rows, tokens.to(like.device), slots.to(like.device), gaps)
 
 
 def _check_integers(name: str, tensor: Tensor, shape: tuple[int, int], broadcast: bool = False) -> None:
