@@ -6,7 +6,8 @@ Imports none of our modules, and the hosts only inside functions.
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import wraps
 from importlib import metadata
 from importlib.util import find_spec
@@ -161,6 +162,26 @@ def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:
     return mask_arguments["q_length"], mask_arguments["q_offset"]
 
 
+def is_causal_by_construction(mask_function: Callable) -> bool:
+    """Whether it is the host's causal mask, or an intersection with it: then no token can see a later one.
+
+    Read off the function, as trying it out would wait for the device. While torch.compile traces, which reads no
+    closures, only the causal mask itself is recognised.
+    """
+    import torch
+    from transformers.masking_utils import and_masks, causal_mask_function
+
+    if mask_function is causal_mask_function:
+        return True
+    if (
+        torch.compiler.is_compiling()
+        or getattr(mask_function, "__code__", None) is not and_masks(causal_mask_function).__code__
+    ):
+        return False
+    [parts] = [cell.cell_contents for cell in mask_function.__closure__]
+    return any(is_causal_by_construction(part) for part in parts)
+
+
 _LOAD_CHECK = "get_correct_attn_implementation"
 _wrapped: tuple[Callable, Callable] | None = None  # (the host's method, our wrapper), while ours is in place
 
@@ -213,6 +234,22 @@ def unwrap_load_check() -> None:
         )
     setattr(PreTrainedModel, _LOAD_CHECK, original)
     _wrapped = None
+
+
+# --- torch: autograd inside a custom operator, whose body runs below autograd. Private, but unchanged since 2.0; goes
+# --- when torch.library offers operators that are differentiated through their Python body.
+
+
+@contextmanager
+def recording_inside_an_operator() -> Iterator[None]:
+    import torch
+
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
 
 
 # --- what is really executed, for people who debug a string

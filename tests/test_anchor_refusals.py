@@ -1,11 +1,14 @@
 """Models that cannot carry attn_implementation="anchor", and what the name leaves behind in those that can."""
 
+import copy
 import json
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
-from anchor_models import ROWS, VISIBLE, build, check_text, config_of, logits
+from anchor_models import CONFIGS, ROWS, VISIBLE, build, check_text, config_of, logits
 from anchor_oracle import (
     assert_equal,
 )
@@ -13,10 +16,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
 )
 
 from hf_ext import compat
+from hf_ext.anchor_attention import support
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 
 # ---------------------------------------------------------------- refusals
@@ -108,12 +115,66 @@ def test_a_forward_without_position_ids_is_refused():
     check_text(str(caught.value), "WithoutPositions", "position_ids")
 
 
+class OwnMasks(LlamaForCausalLM):
+    """As OPT and BioGPT are written in transformers 4.56."""
+
+
+def test_a_class_that_builds_its_masks_itself_is_refused(monkeypatch):
+    """Its layers call the attention function, and hand it a finished mask."""
+    module = ModuleType("modeling_own_masks")
+    module.__file__ = __file__  # some hosts read it
+    module.ALL_ATTENTION_FUNCTIONS = {}
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(OwnMasks, "__module__", module.__name__)
+    with pytest.raises(AnchorUnsupportedError) as caught:
+        OwnMasks._from_config(config_of("llama"), attn_implementation="anchor")
+    check_text(str(caught.value), "OwnMasks", "masks itself")
+    module.create_causal_mask = None
+    OwnMasks._from_config(config_of("llama"), attn_implementation="anchor")
+
+
 @pytest.mark.parametrize("how", LOADS)
 @pytest.mark.parametrize("model_type", BIDIRECTIONAL)
 def test_bidirectional_models_are_refused_before_they_compute(model_type, how):
     with pytest.raises(AnchorUnsupportedError) as caught:
         load(model_type, how)(input_ids=torch.ones(1, 4, dtype=torch.long))
     check_text(str(caught.value))
+
+
+# ---------------------------------------------------------------- warnings
+
+
+class NewConfig(LlamaConfig):
+    model_type = "brand_new"
+
+
+class NewForCausalLM(LlamaForCausalLM):
+    config_class = NewConfig
+
+
+def warnings_of(caplog: Any, model_class: type, config: Any) -> list[str]:
+    """From loading it twice."""
+    support._caution.cache_clear()
+    with caplog.at_level("WARNING", logger=support.__name__):
+        for _ in range(2):
+            model_class._from_config(copy.deepcopy(config), attn_implementation="anchor")
+    return [record.getMessage() for record in caplog.records if record.name == support.__name__]
+
+
+def test_a_type_that_nobody_has_tried_loads_with_one_warning(caplog):
+    (text,) = warnings_of(caplog, NewForCausalLM, NewConfig(**CONFIGS["llama"]))
+    assert "'brand_new'" in text
+    assert "check_model" in text
+
+
+@pytest.mark.skipif(not RobertaForCausalLM._supports_attention_backend, reason="this transformers cannot switch it")
+def test_a_type_whose_positions_begin_elsewhere_loads_with_one_warning(caplog):
+    (text,) = warnings_of(caplog, RobertaForCausalLM, RobertaConfig(**SMALL, is_decoder=True))
+    assert "padding_idx + 1" in text
+
+
+def test_a_type_that_is_exact_loads_without_a_word(caplog):
+    assert not warnings_of(caplog, LlamaForCausalLM, config_of("llama"))
 
 
 def test_a_refused_model_keeps_its_own_attention():

@@ -8,11 +8,21 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_ext import compat
-from hf_ext.anchor_attention.engines import engine_for, segment_attention
+from hf_ext.anchor_attention.compiled import compiled_attention
+from hf_ext.anchor_attention.engines import as_autocast, engine_for, segment_attention
+from hf_ext.anchor_attention.frame import once, open_frame
 from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.reference import masked_attention
-from hf_ext.anchor_attention.segments import SegmentTable, build_table
-from hf_ext.anchor_attention.support import COMPOSITE, AnchorUnsupportedError, MaskTouchedError, refusal, who
+from hf_ext.anchor_attention.segments import build_table
+from hf_ext.anchor_attention.support import (
+    COMPOSITE,
+    LOOKS_AHEAD,
+    AnchorUnsupportedError,
+    MaskTouchedError,
+    name_of,
+    refusal,
+    who,
+)
 
 
 class AnchorMask:
@@ -22,33 +32,33 @@ class AnchorMask:
     such touch raises `MaskTouchedError`.
 
     padding: (B, L) bool, True = real token, or None. window: the width the host's mask call asked for, or None.
+    looks_ahead: scalar bool, to be checked when a compiled graph runs; None once it is.
     """
 
     # `generate` with a static cache makes the masks itself, asks `contiguous()` of each, and hands them to the model,
     # whose own mask call tells finished masks by their four dimensions and passes this one on to `anchor_mask`.
     ndim = 4
 
-    __slots__ = ("_key", "_model", "_table", "padding", "window")
+    __slots__ = ("_model", "_name", "looks_ahead", "padding", "window")
 
-    def __init__(self, padding: Tensor | None, window: int | None, model: str) -> None:
-        self.padding, self.window, self._model = padding, window, model
-        self._key: Any = None
-        self._table: SegmentTable | None = None
-
-    def table(self, shape: tuple[int, int], position_ids: Tensor, anchor_doc_ids: Tensor | None) -> SegmentTable:
-        """The segments of this forward, built at its first layer."""
-        # Holding the tensors themselves keeps their memory from being reused under the same key.
-        key = (position_ids, _version(position_ids), anchor_doc_ids, shape)
-        if self._key is None or not _same(self._key, key):
-            self._table = build_table(shape, position_ids, self.padding, anchor_doc_ids)
-            self._key = key
-        return self._table
+    def __init__(
+        self, padding: Tensor | None, window: int | None, model: str, name: str, looks_ahead: Tensor | None = None
+    ) -> None:
+        self.padding, self.window, self._model, self._name = padding, window, model, name
+        self.looks_ahead = looks_ahead
 
     def _touched(self, what: str) -> MaskTouchedError:
-        return MaskTouchedError(refusal(self._model, f"its layers use the attention mask themselves ({what})"))
+        reason = f"its layers use the attention mask themselves ({what})"
+        return MaskTouchedError(refusal(self._model, reason, self._name))
 
     def contiguous(self) -> "AnchorMask":
         return self
+
+    def __getitem__(self, index: Any) -> "AnchorMask":
+        """Layers that share keys take the queries they need, which in training are all of them."""
+        if isinstance(index, tuple) and all(part in (slice(None), slice(0, None)) for part in index):
+            return self
+        raise self._touched("mask[...], to keep some of the queries, as generate does here")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # Python's own protocols (copy, pickle) ask before the slots are filled
@@ -61,15 +71,6 @@ class AnchorMask:
         raise mask._touched(f"torch.{getattr(function, '__name__', function)}")
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts in-place changes, which tensors made under `torch.inference_mode` do not."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _same(old: tuple, new: tuple) -> bool:
-    return all(a is b or (not isinstance(a, Tensor) and a == b) for a, b in zip(old, new, strict=True))
-
-
 def _refuse(operator: str) -> Any:
     def refuse(self: AnchorMask, *_: Any) -> Any:
         raise self._touched(operator)
@@ -78,7 +79,7 @@ def _refuse(operator: str) -> Any:
 
 
 _BINARY = ["add", "sub", "mul", "truediv", "matmul", "and", "or", "xor"]
-_OTHER = ["getitem", "setitem", "eq", "ne", "lt", "le", "gt", "ge", "invert", "neg", "iter", "len"]
+_OTHER = ["setitem", "eq", "ne", "lt", "le", "gt", "ge", "invert", "neg", "iter", "len"]
 for _operator in (*_BINARY, *(f"r{name}" for name in _BINARY), *_OTHER):
     setattr(AnchorMask, f"__{_operator}__", _refuse(f"__{_operator}__"))
 
@@ -102,18 +103,23 @@ def anchor_mask(
     Raises:
         AnchorUnsupportedError: the host asks for a mask in which a token sees a later one, or the model is traced.
     """
+    open_frame()
     if isinstance(attention_mask, AnchorMask):
         return attention_mask
-    model = who("the model", config)
+    model, name = who("the model", config), name_of(config)
     if torch.jit.is_tracing():
         reason = "torch.jit.trace would freeze the documents of its example into the graph"
-        raise AnchorUnsupportedError(refusal(model, reason))
+        raise AnchorUnsupportedError(refusal(model, reason, name))
     q_length, q_offset = compat.query_span(arguments)
     if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
-        _refuse_looking_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"), model)
+        looks_ahead = _looks_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"))
+        if looks_ahead is not None and not torch.compiler.is_compiling():
+            if looks_ahead:
+                raise AnchorUnsupportedError(refusal(model, LOOKS_AHEAD, name))
+            looks_ahead = None
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        return AnchorMask(attention_mask, local_size, model)
+        return AnchorMask(attention_mask, local_size, model, name, looks_ahead)
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -126,16 +132,16 @@ def anchor_mask(
     )
 
 
-def _refuse_looking_ahead(mask_function: Any, batch_size: int, length: int, device: Any, model: str) -> None:
-    """Prefix-LM and image blocks make neighbours see each other, so neighbouring pairs are all that need testing."""
-    if mask_function is None:
-        return
+def _looks_ahead(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor | None:
+    """Whether a token sees a later one, scalar bool; None where that cannot be.
+
+    Prefix-LM and image blocks make neighbours see each other, so neighbouring pairs are all that need testing.
+    """
+    if mask_function is None or compat.is_causal_by_construction(mask_function):
+        return None
     query = torch.arange(length - 1, device=device)[None, :]
     row = torch.arange(batch_size, device=device)[:, None]
-    if torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any():
-        raise AnchorUnsupportedError(
-            refusal(model, f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE})")
-        )
+    return torch.as_tensor(mask_function(row, torch.zeros_like(row), query, query + 1)).any()
 
 
 def anchor_attention_forward(
@@ -180,18 +186,49 @@ def anchor_attention_forward(
     if position_ids is None:
         raise _unsupported(module, "it does not hand position_ids to the attention function")
 
-    shape = (query.shape[0], query.shape[2])
-    if attention_mask is None:  # Ulysses sequence parallelism drops masks; it means "no padding"
-        table = build_table(shape, position_ids, None, anchor_doc_ids)
-    else:
-        table = attention_mask.table(shape, position_ids, anchor_doc_ids)
+    padding = looks_ahead = None
+    if attention_mask is not None:  # Ulysses sequence parallelism drops masks; it means "no padding"
+        padding, looks_ahead = attention_mask.padding, attention_mask.looks_ahead
         # Some hosts tell the window to the layer, some only to the mask.
         windows = [window for window in (sliding_window, attention_mask.window) if window is not None]
         sliding_window = min(windows, default=None)
     options = Options(scaling, sliding_window, softcap, dropout, s_aux)
-    compat.announce("anchor", engine=engine_for(query, value, table, options).name)
-    out = segment_attention(query, key, value, table, options)
-    return out.transpose(1, 2).contiguous(), None
+    segments = position_ids, padding, anchor_doc_ids
+    if torch.compiler.is_compiling():
+        return _in_a_graph(module, query, key, value, segments, options, looks_ahead), None
+    return _eager(module, query, key, value, segments, options, framed=attention_mask is not None), None
+
+
+def _eager(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Tensor, Tensor | None, Tensor | None],
+    options: Options,
+    framed: bool = False,
+) -> Tensor:
+    table = once(build_table, (query.shape[0], query.shape[2]), *segments, framed=framed)
+    compat.announce(name_of(getattr(module, "config", None)), engine=engine_for(query, value, table, options).name)
+    return segment_attention(query, key, value, table, options).transpose(1, 2).contiguous()
+
+
+def _in_a_graph(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: tuple[Tensor, Tensor | None, Tensor | None],
+    options: Options,
+    looks_ahead: Tensor | None,
+) -> Tensor:
+    if options.dropout:
+        torch._dynamo.graph_break("attention dropout under attn_implementation='anchor' is not compiled")
+        return torch.compiler.disable(_eager)(module, query, key, value, segments, options)
+    return compiled_attention(
+        *(*as_autocast(query, key, value), *segments, options.sinks, looks_ahead),
+        *(options.scaling, options.sliding_window, options.softcap),
+    )
 
 
 def _refuse_packed(module: torch.nn.Module, position_ids: Tensor | None) -> None:
@@ -247,4 +284,5 @@ def _visible(module: torch.nn.Module, mask: Tensor | None, queries: int, keys: i
 
 
 def _unsupported(module: torch.nn.Module, reason: str) -> AnchorUnsupportedError:
-    return AnchorUnsupportedError(refusal(who(type(module).__name__, getattr(module, "config", None)), reason))
+    config = getattr(module, "config", None)
+    return AnchorUnsupportedError(refusal(who(type(module).__name__, config), reason, name_of(config)))

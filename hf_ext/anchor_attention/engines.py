@@ -56,7 +56,7 @@ def anchor_attention(
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Tensor:
     """The engine in use, applied to a table of segments; shapes as in `anchor_attention`."""
     _check_shapes(query, key, value, table, options.sinks)
-    query, key, value = _as_autocast(query, key, value)
+    query, key, value = as_autocast(query, key, value)
     options = without_idle_window(options, table)
     engine = engine_for(query, value, table, options)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -74,7 +74,7 @@ def engine_for(query: Tensor, value: Tensor, table: SegmentTable, options: Optio
     return choose(call_of(query, value, table, without_idle_window(options, table)))
 
 
-def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+def as_autocast(*tensors: Tensor) -> list[Tensor]:
     """Under autocast, rotary phases leave query and key in float32 beside a value in half precision."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

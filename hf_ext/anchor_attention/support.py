@@ -1,40 +1,28 @@
 """Which models can carry AnchorAttention, and the words in which the others are refused."""
 
 import inspect
+import logging
+import sys
+from functools import cache
 from typing import Any
 
-NAMES = ("anchor",)
-
-MIXES = "its layers mix the tokens of a row outside attention, so documents would leak into one another"
-SWALLOWS = "it does not hand position_ids to the attention function"
-COMPOSITE = (
-    "in a composite model, name it for the text part alone: "
-    'attn_implementation={"text_config": "anchor", "vision_config": "sdpa"}'
+from hf_ext.anchor_attention.models import (
+    COMPOSITE,
+    EXACT_TYPES,
+    MIXES,
+    OWN_ATTENTION,
+    OWN_MASKS,
+    REFUSED_TYPES,
+    SHIFTED_TYPES,
+    SWALLOWS,
+    UNFLAGGED_TYPES,
 )
-READS_MASK = "a part of it other than attention reads the mask"
 
-# Types whose class flags claim support although they break: found by running each of them on packed rows.
-REFUSED_TYPES = {
-    "axk2": READS_MASK,
-    "ctrl": SWALLOWS,
-    "deepseek_v32": READS_MASK,
-    "doge": READS_MASK,
-    "glm_moe_dsa": READS_MASK,
-    "gpt_bigcode": SWALLOWS,
-    "hy_v4": READS_MASK,
-    "lfm2": MIXES,
-    "lfm2_moe": MIXES,
-    "lfm3": MIXES,
-    "llama4": MIXES,
-    "llama4_text": MIXES,
-    "minimax": MIXES,
-    "moshi": SWALLOWS,
-    "persimmon": SWALLOWS,
-}
-# Types without the host's flag that were proven exact all the same.
-PROVEN_TYPES = ("biogpt", "stablelm")
+CONTINUOUS = "anchor_continuous"
+NAMES = ("anchor", CONTINUOUS)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+LOOKS_AHEAD = f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE})"
 
 
 class AnchorUnsupportedError(ValueError):
@@ -45,9 +33,15 @@ class MaskTouchedError(AnchorUnsupportedError, AttributeError):
     """A model looked into the mask itself. An AttributeError as well, so that `hasattr(mask, ...)` is just False."""
 
 
-def refusal(who: str, reason: str) -> str:
+def name_of(config: Any) -> str:
+    """The name of ours that a model with `config` runs under, as its user typed it."""
+    name = getattr(config, "_attn_implementation", None)
+    return name if name in NAMES else NAMES[0]
+
+
+def refusal(who: str, reason: str, name: str = NAMES[0]) -> str:
     return (
-        f'attn_implementation="anchor" is not supported by {who}: {reason}. '
+        f'attn_implementation="{name}" is not supported by {who}: {reason}. '
         f'Use attn_implementation="sdpa", or a model whose layers all call the attention function.'
     )
 
@@ -57,7 +51,7 @@ def who(model_class: str, config: Any) -> str:
 
 
 def check_at_load(model: Any, name: str) -> None:
-    """Refuse `model` if it is about to get one of our names and cannot carry it.
+    """Refuse `model` if it is about to get one of our names and cannot carry it; warn if nobody has tried its type.
 
     Raises:
         AnchorUnsupportedError: with the class, the model type and the reason.
@@ -65,7 +59,25 @@ def check_at_load(model: Any, name: str) -> None:
     if name in NAMES:
         reason = why_unsupported(type(model), model.config)
         if reason:
-            raise AnchorUnsupportedError(refusal(who(type(model).__name__, model.config), reason))
+            raise AnchorUnsupportedError(refusal(who(type(model).__name__, model.config), reason, name))
+        if model.can_generate():  # a model for text, and not the part inside it
+            _caution(name, model.config.model_type)
+
+
+@cache
+def _caution(name: str, model_type: str) -> None:
+    """Once a type."""
+    warn = logging.getLogger(__name__).warning
+    if model_type in SHIFTED_TYPES:
+        warn(
+            f"Models of type {model_type!r} number positions from padding_idx + 1. Packed rows are numbered from 0, so "
+            f"the pretrained position embeddings are shifted, under every attn_implementation alike."
+        )
+    elif model_type not in EXACT_TYPES:
+        warn(
+            f'attn_implementation="{name}" has not been tried with models of type {model_type!r}. Before training, run '
+            f"hf_ext.anchor_attention.check_model(model)."
+        )
 
 
 def why_unsupported(model_class: type, config: Any) -> str | None:
@@ -77,8 +89,15 @@ def why_unsupported(model_class: type, config: Any) -> str | None:
     foreign = sorted({str(kind) for kind in getattr(config, "layer_types", None) or ()} - {*LAYER_TYPES})
     if foreign:
         return f"it has layers of other kinds than {' and '.join(LAYER_TYPES)}: {', '.join(foreign)}"
-    if not getattr(model_class, "_supports_attention_backend", False) and model_type not in PROVEN_TYPES:
-        return "its attention layers do not go through the host's table of attention functions"
+    hosts = vars(sys.modules[model_class.__module__])  # what its file takes from the host
+    if model_type in UNFLAGGED_TYPES:
+        through_table = "ALL_ATTENTION_FUNCTIONS" in hosts
+    else:
+        through_table = getattr(model_class, "_supports_attention_backend", False)
+    if not through_table:
+        return OWN_ATTENTION
+    if model_class.can_generate() and "ALL_ATTENTION_FUNCTIONS" in hosts and "create_causal_mask" not in hosts:
+        return OWN_MASKS
     if model_class.can_generate() and "position_ids" not in inspect.signature(model_class.forward).parameters:
         return f"{SWALLOWS}: {model_class.__name__}.forward has no such argument"
     return None
