@@ -236,6 +236,15 @@ def unwrap_load_check() -> None:
     _wrapped = None
 
 
+def enable_checkpointing(model: Any, use_reentrant: bool = False) -> None:
+    """Recompute layers in backward. Older versions lack the first name, and transformers 6 will lack the second."""
+    how = {"use_reentrant": use_reentrant}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+
+
 # --- torch: autograd inside a custom operator, whose body runs below autograd. Private, but unchanged since 2.0; goes
 # --- when torch.library offers operators that are differentiated through their Python body.
 

@@ -5,6 +5,7 @@ import torch
 from anchor_models import ROWS, build, config_of, gradients_of, logits, results
 from anchor_oracle import assert_equal, documents_of
 
+from hf_ext import compat
 from hf_ext.anchor_attention import AnchorUnsupportedError, backend, compiled, segments
 
 
@@ -102,7 +103,7 @@ def test_positions_changed_in_place_between_compiled_forwards():
 def test_gradient_checkpointing_inside_a_compiled_model():
     model = build(config_of("llama")).train()
     expected = results(model, **ROWS.batch())
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compat.enable_checkpointing(model)
     out = torch.compile(model, backend="aot_eager")(**ROWS.batch(), use_cache=False)
     got = {"logits": out.logits.detach(), "loss": out.loss.detach(), **gradients_of(model, out.loss)}
     assert_equal(got, expected, 1e-9)
@@ -158,7 +159,7 @@ def test_one_table_for_all_layers_and_their_backward(tables, model_type):
     model = build(config_of(model_type)).train()
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            compat.enable_checkpointing(model)
         tables.clear()
         results(model, **ROWS.batch())
         assert len(tables) == 1

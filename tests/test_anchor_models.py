@@ -35,6 +35,7 @@ from transformers import (
     StaticCache,
 )
 
+from hf_ext import compat
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 
 # ---------------------------------------------------------------- what is computed
@@ -193,10 +194,7 @@ def test_reset_positions_of_a_flattening_collator_isolate_the_documents(llama, s
 def test_gradient_checkpointing_changes_no_bit(llama, reentrant):
     model = copy.deepcopy(llama).train()
     plain = results(model, **ROWS.batch())
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    compat.enable_checkpointing(model, reentrant)
     recomputed = results(model, **ROWS.batch())
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 

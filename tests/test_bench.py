@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from hf_ext.bench import harness
@@ -36,6 +37,8 @@ def test_quick_run_of_every_benchmark(tmp_path):
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert result["rows"]
         assert {"processor", "device", "threads", "versions", "date"} <= set(result["machine"])
+        if name == "anchor":
+            assert (tmp_path / "anchor.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.md").read_text().count("\n|") == len(result["rows"]) + 2
 
 
@@ -54,6 +57,47 @@ def test_quick_run_of_every_benchmark(tmp_path):
 def test_exit_status(planted, given, arguments, status):
     planted(*given)
     assert bench("anchor", *arguments).exit_code == status
+
+
+@pytest.fixture
+def cuda_rows(monkeypatch):
+    """The CUDA benchmark on the CPU: everything runs once, nothing is timed."""
+    from hf_ext.bench import anchor_cuda
+
+    def compare(what, ours, peer, *, peer_name, repeats=0, at_least=None, **rest):
+        ours(), peer()
+        return harness.Row(what, peer_name, 1.0, 2.0, 2.0, **rest)
+
+    monkeypatch.setattr(anchor_cuda, "compare_cuda", compare)
+    monkeypatch.setattr(harness, "cuda_seconds", lambda function: function() or 1.0)
+    monkeypatch.setattr(anchor_cuda, "peak_mib", lambda function: function() or 1.0)
+    return anchor_cuda
+
+
+def test_cuda_attention_rows_run(cuda_rows):
+    rows = list(cuda_rows.attention_rows([32, 48], torch.device("cpu"), torch.float32))
+    assert [row.peer_name for row in rows if not row.skipped] == ["bare sdpa", "SDPA, whole row"]
+    assert {row.what.split()[-1] for row in rows if row.skipped} == {"varlen", "flash", "flex"}
+    assert all("needs a CUDA device" in row.skipped for row in rows if row.skipped)
+
+
+def test_cuda_training_step_runs_and_learns_the_same_from_one_document(cuda_rows):
+    """A chunked loss is the loss; and one document is what the host computes."""
+    shape = {**cuda_rows.SHAPE, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 31, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    cpu = torch.device("cpu")
+    rows = list(cuda_rows.step_rows([20, 20], cpu, torch.float32, shape, 1.9))
+    assert [row.unit for row in rows] == ["s", "MiB"]
+    model = cuda_rows.llama("anchor", shape, 40, cpu, torch.float64)
+    ids, positions = torch.randint(31, (1, 40)), cuda_rows.positions_on(cpu, [40])
+    gradients = []
+    model.zero_grad = lambda **_: gradients.append(model.lm_head.weight.grad.clone())
+    cuda_rows.CHUNK, chunk = 7, cuda_rows.CHUNK
+    cuda_rows.training_step(model, ids, positions)
+    cuda_rows.CHUNK = chunk
+    model.lm_head.weight.grad = None
+    model(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
+    torch.testing.assert_close(gradients[0], model.lm_head.weight.grad, rtol=1e-5, atol=1e-8)
 
 
 def test_a_skipped_row_says_why(planted):

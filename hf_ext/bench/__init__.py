@@ -1,13 +1,14 @@
 """The side-by-side benchmarks behind `hf-ext bench`, one module a method: `rows(quick)` yields its measurements."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
-from hf_ext.bench.harness import cells, machine, save
+from hf_ext.bench.harness import COLUMNS, cells, machine, picture, save
 
 
 def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: bool = False) -> bool:
-    """Run benchmark `name`, print its table, and save NAME.json and NAME.md in `out`.
+    """Run benchmark `name`, print its table, and save NAME.json, NAME.md and, where it has one, NAME.png in `out`.
 
     Returns whether every target was met (`quick` runs have none) and, with `require_cuda`, no CUDA row was skipped.
     """
@@ -15,17 +16,21 @@ def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: b
     from rich.table import Table
 
     console = Console(markup=False, highlight=False)
-    rows = []
-    for row in import_module(f"hf_ext.bench.{name}").rows(quick):
+    module, rows = import_module(f"hf_ext.bench.{name}"), []
+    for row in module.rows(quick):
         rows.append(row)
         console.print(" | ".join(cell for cell in cells(row) if cell), style="dim")
     about = machine()
-    table = Table("measured", "ours", "peer", "peer / ours", "target", "met", title=f"hf-ext bench {name}")
+    table = Table(*COLUMNS, title=f"hf-ext bench {name}")
     for row in rows:
         table.add_row(*cells(row))
     console.print(table)
     if out is not None:
         save(out, name, rows, about)
+        if hasattr(module, "draw") and find_spec("matplotlib") is not None:
+            picture(out, name, rows, module.draw)
+        elif hasattr(module, "draw"):
+            console.print("No picture: matplotlib is missing. `pip install 'hf-ext[demo]'` brings it.")
     missed = not quick and any(row.met is False for row in rows)
     lacking = require_cuda and any(row.skipped and "CUDA" in row.skipped for row in rows)
     if lacking:

@@ -6,11 +6,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+COLUMNS = ("measured", "ours", "peer", "peer / ours", "FLOP limit", "target", "met")
 SCALES = ((1, "s"), (1e3, "ms"), (1e6, "us"))
 
 
@@ -20,7 +21,8 @@ class Row:
 
     `ours` and `peer` are medians in `unit`; `ratio` is the median of the pairwise ratios peer / ours (above 1: ours is
     faster or smaller). `target` says what is to be reached, `met` whether it was; both None where a row only reports.
-    `skipped` is the reason why nothing was measured.
+    `skipped` is the reason why nothing was measured. `limit` is the ratio that arithmetic allows. `tags` say for the
+    picture what the text says for people.
     """
 
     what: str
@@ -32,6 +34,8 @@ class Row:
     target: str | None = None
     met: bool | None = None
     skipped: str | None = None
+    limit: float | None = None
+    tags: dict[str, Any] = field(default_factory=dict)
 
 
 def paired(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[float, float, float]:
@@ -53,32 +57,44 @@ def compare(
     peer_name: str,
     repeats: int,
     at_least: float | None = None,
+    **rest: Any,
 ) -> Row:
-    """A row of times, met when peer / ours is `at_least` that."""
-    a, b, ratio = paired(ours, peer, repeats)
-    if at_least is None:
-        return Row(what, peer_name, a, b, ratio)
-    return Row(what, peer_name, a, b, ratio, target=f">= {at_least:.2f} x", met=ratio >= at_least)
+    """A row of CPU times, met when peer / ours is `at_least` that. `rest` are fields of the row."""
+    return _judged(what, peer_name, paired(ours, peer, repeats), at_least, **rest)
 
 
 def compare_cuda(
-    what: str, ours: Callable[[], object], peer: Callable[[], object], *, peer_name: str, repeats: int = 10
+    what: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    peer_name: str,
+    repeats: int = 10,
+    at_least: float | None = None,
+    **rest: Any,
 ) -> Row:
-    """A row of times on the current CUDA device, run in turn, by CUDA events."""
+    """A row of times on the current CUDA device, by CUDA events; run in turn after one warm-up each."""
+    ours(), peer()
+    pairs = [(cuda_seconds(ours), cuda_seconds(peer)) for _ in range(repeats)]
+    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
+    return _judged(what, peer_name, (a, b, statistics.median(y / x for x, y in pairs)), at_least, **rest)
+
+
+def cuda_seconds(function: Callable[[], object]) -> float:
     import torch
 
-    def seconds(function: Callable[[], object]) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        function()
-        stop.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(stop) / 1e3
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1e3
 
-    ours(), peer()
-    pairs = [(seconds(ours), seconds(peer)) for _ in range(repeats)]
-    a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return Row(what, peer_name, a, b, statistics.median(y / x for x, y in pairs))
+
+def _judged(what: str, peer_name: str, times: tuple[float, float, float], at_least: float | None, **rest: Any) -> Row:
+    if at_least is None:
+        return Row(what, peer_name, *times, **rest)
+    return Row(what, peer_name, *times, target=f">= {at_least:.2f} x", met=times[2] >= at_least, **rest)
 
 
 def machine() -> dict[str, Any]:
@@ -104,19 +120,20 @@ def markdown(title: str, rows: Iterable[Row], about: dict[str, Any]) -> str:
         + ", ".join(f"{name} {version}" for name, version in about["versions"].items())
         + f"; {about['date']}",
         "",
-        "| measured | ours | peer | peer / ours | target | met |",
-        "|---|---|---|---|---|---|",
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
     ]
     return "\n".join([*lines, *(f"| {' | '.join(cells(row))} |" for row in rows), ""])
 
 
 def cells(row: Row) -> list[str]:
     if row.skipped:
-        return [row.what, "skipped", row.skipped, "", row.target or "", ""]
+        return [row.what, "skipped", row.skipped, "", "", row.target or "", ""]
     met = "" if row.met is None else "yes" if row.met else "NO"
     ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
     peer = row.peer_name if row.peer is None else f"{_number(row.peer, row.unit)} ({row.peer_name})"
-    return [row.what, _number(row.ours, row.unit), peer, ratio, row.target or "", met]
+    limit = "" if row.limit is None else f"{row.limit:.2f}"
+    return [row.what, _number(row.ours, row.unit), peer, ratio, limit, row.target or "", met]
 
 
 def save(out: Path, name: str, rows: list[Row], about: dict[str, Any]) -> None:
@@ -124,6 +141,19 @@ def save(out: Path, name: str, rows: list[Row], about: dict[str, Any]) -> None:
     result = {"machine": about, "rows": [asdict(row) for row in rows]}
     (out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / f"{name}.md").write_text(markdown(f"hf-ext bench {name}", rows, about))
+
+
+def picture(out: Path, name: str, rows: list[Row], draw: Callable[[list[Row], Any], None]) -> None:
+    """NAME.png, two plots side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    draw(rows, axes)
+    figure.savefig(out / f"{name}.png", dpi=120)
+    pyplot.close(figure)
 
 
 def _cpu_seconds(function: Callable[[], object]) -> float:
