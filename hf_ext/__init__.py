@@ -15,14 +15,23 @@ if TYPE_CHECKING:
     from typing import Any
 
     from hf_ext import anchor_attention
-    from hf_ext.anchor_attention import AnchorPacking
+    from hf_ext.anchor_attention import AnchorCollator, AnchorPacking
     from hf_ext.registry import RegistrationError, register, status, unregister
 
 __version__ = "0.1.0"
 
-__all__ = ["AnchorPacking", "RegistrationError", "anchor_attention", "register", "status", "unregister"]
+__all__ = [
+    "AnchorCollator",
+    "AnchorPacking",
+    "RegistrationError",
+    "anchor_attention",
+    "register",
+    "status",
+    "unregister",
+]
 
 _HOME = {
+    "AnchorCollator": "hf_ext.anchor_attention",
     "AnchorPacking": "hf_ext.anchor_attention",
     "RegistrationError": "hf_ext.registry",
     "register": "hf_ext.registry",

@@ -245,6 +245,16 @@ def enable_checkpointing(model: Any, use_reentrant: bool = False) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
+# --- torch: context parallelism, which cuts all rows and puts its own attention function in the place of torch's. A
+# --- prototype that cannot be asked whether it is on; goes when it can.
+
+
+def context_parallelism_is_on() -> bool:
+    from torch.nn import functional as F
+
+    return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor.experimental.")
+
+
 # --- torch: autograd inside a custom operator, whose body runs below autograd. Private, but unchanged since 2.0; goes
 # --- when torch.library offers operators that are differentiated through their Python body.
 
@@ -259,6 +269,18 @@ def recording_inside_an_operator() -> Iterator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
+
+
+# --- torch: TF32. Where it has the newer setting (2.9), reading the older flag raises once somebody used the newer.
+
+
+def tf32_on(device: Any) -> bool:
+    """Whether float32 matrix products on `device` are rounded to 11 bits."""
+    import torch
+
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return device.type == "cuda" and (matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
 # --- what is really executed, for people who debug a string

@@ -40,7 +40,7 @@ TABLE = (
         host="transformers",
         module="transformers.modeling_utils",
         when="after",
-        names=("anchor",),
+        names=("anchor", "anchor_continuous"),
         add="hf_ext.anchor_attention.register:add",
         remove="hf_ext.anchor_attention.register:remove",
     ),

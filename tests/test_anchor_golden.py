@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_ext import AnchorPacking
-from hf_ext.anchor_attention import anchor_attention, use_engine
+from hf_ext.anchor_attention import anchor_attention, rope_drift, use_engine
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden" / "anchor_attention"
 pytestmark = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no golden data at {GOLDEN}")
@@ -120,3 +120,19 @@ def test_packing(case):
     if case["labels"] is not None:
         batch["labels"] = case["labels"]
     assert AnchorPacking(**case["options"])(batch) == case["rows"]
+
+
+def drifts() -> dict[str, float]:
+    path = GOLDEN / "rope_drift.json"
+    return json.loads(path.read_text())["D"] if path.exists() else {}
+
+
+@pytest.mark.parametrize("case", drifts(), ids=lambda case: case.replace(" ", "_"))
+def test_drift(case):
+    """In float32 it is rounding alone, whose size is all that machines agree on."""
+    dtype, *shifts = case.split()
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama_tiny", dtype=getattr(torch, dtype))
+    model.config.max_position_embeddings = 4096  # the file goes beyond what the config allows
+    ids = torch.tensor(json.loads((GOLDEN / "rope_drift.json").read_text())["input_ids"])
+    factor = rope_drift(model, ids, *map(int, shifts)).d / drifts()[case]
+    assert 0.95 < factor < 1.05 if dtype == "bfloat16" else 0.1 < factor < 10

@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from hf_ext.anchor_attention import anchor_attention, available_engines, choice, flex, use_engine, varlen
 from hf_ext.anchor_attention.kernel import Call
+from hf_ext.anchor_attention.segments import build_table
 
 EVERYTHING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROWS = [[5, 1, 14, 20], [40]]
@@ -242,6 +243,21 @@ def test_a_window_of_columns_is_no_window_of_slots():
         anchor_attention(**inputs, position_ids=torch.arange(40)[None], anchor_doc_ids=documents, sliding_window=6)
 
 
+def test_a_window_longer_than_every_segment_still_hides_a_far_anchor():
+    documents = documents_of([[5, 14, 20], [8, 30, 1]])
+    inputs, grad_out, options = case(options={"sliding_window": 35})
+    ours = partial(anchor_attention, position_ids=torch.arange(40)[None], anchor_doc_ids=documents)
+    check(inputs, grad_out, options, ours, lambda window: visible_documents(documents, window=window))
+
+
+def test_padding_between_segments_is_no_gap():
+    mask = torch.ones(2, 40)
+    mask[0, :3] = mask[0, 18:20] = mask[1, 33:] = 0
+    assert not build_table((2, 40), positions_of(ROWS), mask).gaps
+    mask[1, 5] = 0
+    assert build_table((2, 40), positions_of(ROWS), mask).gaps
+
+
 def test_a_window_that_hides_nothing_asks_for_no_feature():
     install("varlen", on_cpu(varlen.kernel_of("torch_2_9", torch_2_9)))
     inputs, grad_out, options = case(options={"sliding_window": 40})
@@ -325,7 +341,7 @@ def test_flex(feature, rows):
 
 
 @pytest.mark.usefixtures("flex_engine")
-@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("window", [None, 7, 12, 35])
 def test_flex_on_the_shared_layout_and_padding(window):
     documents = documents_of([[5, 14, 20], [8, 30, 1]])
     options = {} if window is None else {"sliding_window": window}
@@ -333,7 +349,7 @@ def test_flex_on_the_shared_layout_and_padding(window):
     ours = partial(anchor_attention, position_ids=torch.arange(40)[None], anchor_doc_ids=documents)
     check(inputs, grad_out, options, ours, lambda window: visible_documents(documents, window=window))
     mask = torch.ones(2, 40)
-    mask[0, 7:12] = mask[1, 33:] = 0
+    mask[0, 7:12] = mask[1, 12:20] = mask[1, 33:] = 0
     positions = positions_of(ROWS)
     ours = partial(anchor_attention, position_ids=positions, attention_mask=mask)
     check(inputs, grad_out, options, ours, lambda window: visible_segments(positions, mask, window), mask)

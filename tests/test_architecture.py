@@ -25,7 +25,7 @@ HEAVY = {"torch", "numpy", "numba", "rich", "typer", *HOSTS}
 # Files that know tensors but no host.
 PURE = {
     *("reference", "ops", "kernels", "segments", "engines"),
-    *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice"),
+    *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice", "frame", "positions", "models"),
 }
 
 

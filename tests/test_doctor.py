@@ -128,13 +128,14 @@ READS = compat.reads_attention_from_config()
     ("config", "effective", "reason"),
     [
         ({"model_type": "llama", "attn_implementation": "anchor"}, READS, None),
+        ({"model_type": "llama", "attn_implementation": "anchor_continuous"}, READS, None),
         ({"model_type": "llama", "attn_implementation": "sdpa"}, False, "not a name"),
         ({"model_type": "llama", "attn_implementation": "anchr"}, False, "did you mean 'anchor'?"),
         ({"model_type": "bloom", "attn_implementation": "anchor"}, False, "table of attention functions"),
         ({"model_type": "mamba", "attn_implementation": "anchor"}, False, "mix"),
         ({"model_type": "nothing", "attn_implementation": "anchor"}, False, "no causal language model"),
     ],
-    ids=["ours", "a stock name", "misspelt", "no attention function", "recurrent", "unknown type"],
+    ids=["ours", "ours for loops", "a stock name", "misspelt", "no attention function", "recurrent", "unknown type"],
 )
 def test_model_folder(tmp_path, config, effective, reason):
     (tmp_path / "config.json").write_text(json.dumps(config))

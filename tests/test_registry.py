@@ -250,6 +250,16 @@ def test_taken_name_is_refused_and_stays(host, table):
 
 
 @quiet
+@pytest.mark.parametrize("table", ["attention", "mask"])
+def test_all_names_are_added_or_none(host, table):
+    getattr(host, table)["anchor_continuous"] = foreign
+    with pytest.raises(RegistrationError, match="'anchor_continuous'"):
+        register()
+    assert getattr(host, table).pop("anchor_continuous") is foreign
+    assert not {"anchor", "anchor_continuous"} & {*host.attention, *host.mask}
+
+
+@quiet
 @pytest.mark.parametrize("channel", ["autoload", "import", "run"])
 @pytest.mark.parametrize("table", ["attention", "mask"])
 def test_taken_name_never_raises_while_arming(host, table, channel):

@@ -16,12 +16,20 @@ from hf_ext.anchor_attention.reference import masked_attention
 from hf_ext.anchor_attention.segments import build_table
 from hf_ext.anchor_attention.support import (
     COMPOSITE,
+    CONTINUOUS,
     LOOKS_AHEAD,
+    NAMES,
     AnchorUnsupportedError,
     MaskTouchedError,
     name_of,
     refusal,
     who,
+)
+
+UNTOLD = -1  # the window of a layer that says nothing of one; None is a layer without
+CONTEXT_PARALLEL = (
+    "context parallelism (cp_size) leaves each process a part of every row, in which documents cannot be told apart. "
+    "DeepSpeed's Ulysses sequence parallelism (sp_size) works: it gathers the rows before attention"
 )
 
 
@@ -152,7 +160,7 @@ def anchor_attention_forward(
     attention_mask: AnchorMask | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNTOLD,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     is_causal: bool | None = None,
@@ -168,7 +176,8 @@ def anchor_attention_forward(
     (B, L) for the shared layout. Returns ((B, L, Hq, Dv), None). Other keywords of the host are not needed here.
 
     Raises:
-        AnchorUnsupportedError: no position_ids, bidirectional attention, a position bias or a paged cache.
+        AnchorUnsupportedError: no position_ids, bidirectional attention, a position bias, a paged cache, context
+            parallelism, or a mask that somebody dropped although it was needed.
         ValueError: positions whose shape does not fit the row.
     """
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -177,6 +186,8 @@ def anchor_attention_forward(
         raise _unsupported(module, "the layer adds a position bias to its scores")
     if cache is not None:
         raise _unsupported(module, "continuous batching (a paged cache) is not available")
+    if compat.context_parallelism_is_on():
+        raise _unsupported(module, CONTEXT_PARALLEL)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
@@ -187,11 +198,13 @@ def anchor_attention_forward(
         raise _unsupported(module, "it does not hand position_ids to the attention function")
 
     padding = looks_ahead = None
-    if attention_mask is not None:  # Ulysses sequence parallelism drops masks; it means "no padding"
+    windows = [] if sliding_window == UNTOLD else [sliding_window]
+    if attention_mask is None:  # Ulysses sequence parallelism drops masks; it means "no padding"
+        _refuse_dropped_mask(module, is_causal, windows)
+    else:
         padding, looks_ahead = attention_mask.padding, attention_mask.looks_ahead
-        # Some hosts tell the window to the layer, some only to the mask.
-        windows = [window for window in (sliding_window, attention_mask.window) if window is not None]
-        sliding_window = min(windows, default=None)
+        windows.append(attention_mask.window)  # some hosts tell it to the layer, some only to the mask
+    sliding_window = min([window for window in windows if window is not None], default=None)
     options = Options(scaling, sliding_window, softcap, dropout, s_aux)
     segments = position_ids, padding, anchor_doc_ids
     if torch.compiler.is_compiling():
@@ -229,6 +242,26 @@ def _in_a_graph(
         *(*as_autocast(query, key, value), *segments, options.sinks, looks_ahead),
         *(options.scaling, options.sliding_window, options.softcap),
     )
+
+
+def _refuse_dropped_mask(module: torch.nn.Module, is_causal: bool | None, windows: list[int | None]) -> None:
+    """The positions alone say who sees whom, if they are those of whole rows and the mask did not hold the window."""
+    if is_causal:  # accelerate's hooks hand this to every layer in place of the mask
+        raise _unsupported(module, CONTEXT_PARALLEL)
+    config = getattr(module, "config", None)
+    if name_of(config) == CONTINUOUS:
+        raise _unsupported(
+            module,
+            "the mask was dropped, as under sequence parallelism, where each process would number its own part of a "
+            f'row. Use attn_implementation="{NAMES[0]}" with rows of AnchorPacking or AnchorCollator',
+        )
+    window = getattr(config, "sliding_window", None)
+    if window and not windows:
+        raise _unsupported(
+            module,
+            f"its sliding window ({window}) is told to the mask alone, and the mask was dropped, as under sequence "
+            "parallelism. Without a window (config.sliding_window = None) it works",
+        )
 
 
 def _refuse_packed(module: torch.nn.Module, position_ids: Tensor | None) -> None:

@@ -46,13 +46,7 @@ class AnchorPacking:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if not _is_integer(self.max_length) or self.max_length < 2:
-            raise ValueError(f"max_length must be an integer of at least 2, not {self.max_length!r}")
-        if not _is_integer(self.anchor_token_id) or self.anchor_token_id < 0:
-            raise ValueError(
-                f"anchor_token_id must be a token id, not {self.anchor_token_id!r}; "
-                "a tokenizer without a BOS token can lend its EOS token"
-            )
+        check_length_and_anchor(self.max_length, self.anchor_token_id)
         if self.pad_token_id is not None and (not _is_integer(self.pad_token_id) or self.pad_token_id < 0):
             raise ValueError(f"pad_token_id must be a token id or None, not {self.pad_token_id!r}")
         for name in ("split_documents", "drop_remainder", "label_anchor"):
@@ -193,6 +187,17 @@ class _Rows:
         if self.shared:
             self.rows["anchor_doc_ids"][-1] += [self.document] * len(tokens)
         self.filled += len(tokens)
+
+
+def check_length_and_anchor(max_length: Any, anchor_token_id: Any) -> None:
+    """Raises ValueError unless one is a length that holds an anchor and a token, and the other a token id."""
+    if not _is_integer(max_length) or max_length < 2:
+        raise ValueError(f"max_length must be an integer of at least 2, not {max_length!r}")
+    if not _is_integer(anchor_token_id) or anchor_token_id < 0:
+        raise ValueError(
+            f"anchor_token_id must be a token id, not {anchor_token_id!r}; "
+            "a tokenizer without a BOS token can lend its EOS token"
+        )
 
 
 def _is_integer(value: Any) -> bool:

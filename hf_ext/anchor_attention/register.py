@@ -1,18 +1,21 @@
 """What AnchorAttention adds to transformers, and its undo."""
 
+from typing import Any
+
 from hf_ext import compat
 from hf_ext.anchor_attention.backend import anchor_attention_forward, anchor_mask
-from hf_ext.anchor_attention.support import check_at_load
+from hf_ext.anchor_attention.continuous import place_hook
+from hf_ext.anchor_attention.support import NAMES, check_at_load
 
 
 def add() -> None:
     """The load check, then attention and mask function together: the host drops the mask of one without the other.
 
     Raises:
-        RegistrationError: somebody else holds the name; then nothing is added.
+        RegistrationError: somebody else holds a name; then nothing is added.
     """
     entries = _entries()
-    compat.wrap_load_check(check_at_load)
+    compat.wrap_load_check(_at_load)
     try:
         compat.claim_all(entries, host="transformers")
     except compat.RegistrationError:
@@ -27,6 +30,11 @@ def remove() -> None:
         compat.unwrap_load_check()
 
 
+def _at_load(model: Any, name: str) -> None:
+    check_at_load(model, name)
+    place_hook(model, name)
+
+
 def _entries() -> list[compat.Entry]:
-    attention, masks = compat.attention_tables()
-    return [(attention, "anchor", anchor_attention_forward), (masks, "anchor", anchor_mask)]
+    functions = zip(compat.attention_tables(), (anchor_attention_forward, anchor_mask), strict=True)
+    return [(table, name, function) for table, function in functions for name in NAMES]
