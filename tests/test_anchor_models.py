@@ -331,6 +331,21 @@ def test_generation_equals_stock_token_for_token(model_type, how):
     assert_equal(torch.stack(ours.logits), torch.stack(theirs.logits), tolerance)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_generation_with_an_assistant_equals_stock_token_for_token(model_type):
+    """An assistant of the same implementation; in mistral both caches slide, and are cut back."""
+    prompt = {name: x[1:2] for name, x in prompts().items()}
+    options = {"do_sample": False, "max_new_tokens": 10, "pad_token_id": PAD}
+
+    def assisted(name: str) -> Tensor:
+        assistant = build(config_of(model_type, num_hidden_layers=1), name)
+        return build(config_of(model_type), name).generate(**prompt, assistant_model=assistant, **options)
+
+    ours = assisted("anchor")
+    assert torch.equal(ours, assisted("sdpa"))
+    assert torch.equal(ours, build(config_of(model_type), "sdpa").generate(**prompt, **options))
+
+
 @pytest.mark.parametrize("model_type, stock, tolerance", [("llama", "sdpa", 1e-9), ("gpt_oss", "eager", 1e-5)])
 def test_continued_prefill_equals_stock(model_type, stock, tolerance):
     config = config_of(model_type)

@@ -243,3 +243,19 @@ def test_trl_and_its_chunked_loss(tmp_path, tokenizer, options):
 
     ours = Trained(tmp_path, tokenizer, "anchor", wrap, packing=True, max_length=24, **SGD, **options)
     assert_equal(ours.parameters, replayed(ours.batches[:3]), 1e-6)
+
+
+@pytest.mark.gpu
+def test_liger_kernels_leave_attention_alone():
+    """What `use_liger_kernel=True` does to a model; in bfloat16, against the same model without."""
+    liger = pytest.importorskip("liger_kernel.transformers")
+    rows = Dataset.from_dict({"input_ids": DOCUMENTS})
+    rows = rows.map(AnchorPacking(16, ANCHOR), batched=True, remove_columns=["input_ids"])
+    batch = {name: x.cuda() for name, x in default_data_collator(list(rows)).items()}
+    losses = []
+    for patched in (False, True):
+        model = build(config_of("llama"), "anchor", torch.bfloat16).cuda().train()
+        if patched:
+            liger._apply_liger_kernel_to_instance(model)
+        losses.append(model(**batch).loss)
+    assert_equal(losses[1], losses[0], 2e-2)
