@@ -189,3 +189,13 @@ def test_one_copy_to_the_host_a_forward(model_type):
         torch.cuda.synchronize()
     copies = [sum(event.count for event in p.key_averages() if "DtoH" in event.key) for p in (profile, stock_profile)]
     assert copies[0] <= copies[1] + 1
+
+
+@pytest.mark.gpu
+def test_one_graph_equals_eager_on_cuda():
+    model = build(config_of("llama"), dtype=torch.bfloat16).cuda()
+    batch = {name: x.cuda() for name, x in ROWS.batch().items()}
+    expected = results(model, **batch)
+    out = torch.compile(model, fullgraph=True)(**batch, use_cache=False)
+    got = {"logits": out.logits.detach(), "loss": out.loss.detach(), **gradients_of(model, out.loss)}
+    assert_equal(got, expected, 5e-2)
