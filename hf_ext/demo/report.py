@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from types import ModuleType
 from typing import Any
 
@@ -133,10 +134,12 @@ def _run_all(runs: list[Run], out: Path) -> None:
         tqdm(desc=run.name, total=run.steps, position=i, mininterval=1, bar_format=BAR) for i, run in enumerate(runs)
     ]
     started: list[subprocess.Popen] = []
+    unwanted = Event()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
-            logs = list(pool.map(lambda run, bar: _run(run, out, bar, started), runs, bars))
+            logs = list(pool.map(lambda run, bar: _run(run, out, bar, started, unwanted), runs, bars))
         except BaseException:  # Ctrl-C, above all: the pool would wait for trainings that nobody wants any more
+            unwanted.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in started:
                 process.terminate()
@@ -153,7 +156,7 @@ def _run_all(runs: list[Run], out: Path) -> None:
             )
 
 
-def _run(run: Run, out: Path, bar: tqdm, started: list[subprocess.Popen]) -> tuple[int, str]:
+def _run(run: Run, out: Path, bar: tqdm, started: list[subprocess.Popen], unwanted: Event) -> tuple[int, str]:
     """Run to the end, moving `bar` along with the script's own progress bar; returns exit status and output."""
     with subprocess.Popen(
         [sys.executable, *run.command],
@@ -163,6 +166,8 @@ def _run(run: Run, out: Path, bar: tqdm, started: list[subprocess.Popen]) -> tup
         stderr=subprocess.STDOUT,
     ) as process:
         started.append(process)
+        if unwanted.is_set():  # since before it was in the list
+            process.terminate()
         log = b""
         while chunk := process.stdout.read1():
             log += chunk
