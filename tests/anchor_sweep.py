@@ -22,7 +22,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 import torch
 import transformers
-from anchor_oracle import positions_of, segments_of
+from anchor_oracle import documents_of, positions_of, segments_of
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -223,6 +223,23 @@ def difference(got: Results, expected: Results) -> str | None:
     return None if errors[worst] < 1e-3 and errors["logits"] < 1e-4 else f"{worst} differs by {errors[worst]:.1e}"
 
 
+def shared_layout_leaks(model: Any) -> str | None:
+    """What is wrong with a row of one anchor and three documents; a forward that takes no such argument says so."""
+    ids, documents = INPUT_IDS[:1], documents_of([[8, 4, 7]])
+    changed = ids.clone()
+    changed[0, 2] = (ids[0, 2] - 2) % (VOCABULARY - 3) + 3
+    batch = {"position_ids": torch.arange(ids.shape[1])[None], "anchor_doc_ids": documents}
+    try:
+        with torch.no_grad():
+            before, after = (model(input_ids=x, **batch).logits[0] for x in (ids, changed))
+    except TypeError as error:
+        return None if "anchor_doc_ids" in str(error) else _text(error)
+    moved = (before - after).abs().amax(-1) / before.abs().max()
+    if moved[documents[0] > 1].max() > 1e-4:
+        return "documents of the shared layout leak"
+    return None if moved[3:9].max() > 1e-4 else "a document of the shared layout does not see its own tokens"
+
+
 def numbers_from_padding(model: Any) -> bool:
     """Whether positions that are not given begin elsewhere than at 0, as RoBERTa's do."""
     ids, positions = INPUT_IDS[:1, :9], torch.arange(9)[None]
@@ -285,7 +302,7 @@ def _judge(model_type: str) -> Verdict:
     except Exception as error:
         return Verdict(UNCLEAR, _text(error))
     differs = difference(got, expected)
-    if differs:
+    if differs or (differs := shared_layout_leaks(model)):
         return Verdict(WRONG, differs)
     shifted, flagged = numbers_from_padding(stock), model._supports_attention_backend
     return Verdict(EXACT, exercised(model, calls), model.config.model_type, shifted, flagged)

@@ -286,3 +286,9 @@ def test_parts_keep_their_own_implementations():
     assert names[1:] == ["eager", "sdpa"]
     assert check_model(model).supported
     assert [config._attn_implementation for config in configs] == names
+
+
+@pytest.mark.parametrize("what", [None, "gpt2"])
+def test_what_is_no_model_is_refused(what):
+    with pytest.raises(ValueError, match=type(what).__name__):
+        check_model(what)

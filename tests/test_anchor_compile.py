@@ -84,7 +84,8 @@ def test_other_lengths_and_other_documents_need_no_graph_each():
         expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         got = compiled_model(input_ids=ids, position_ids=positions, use_cache=False).logits
         assert_equal(got, expected, 1e-9)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    # The hook and the forward, each for contiguous tokens and for slices of a row.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 def test_positions_changed_in_place_between_compiled_forwards():

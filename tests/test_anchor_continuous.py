@@ -16,7 +16,7 @@ from processes import answer, run
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
-from hf_ext import AnchorCollator, AnchorPacking
+from hf_ext import AnchorCollator, AnchorPacking, compat
 from hf_ext.anchor_attention import continuous
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 
@@ -66,10 +66,7 @@ def test_stock_batches_equal_those_of_the_collator(model_type, inner):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non_reentrant", "reentrant"])
 def test_gradient_checkpointing(model, reentrant):
     trained = copy.deepcopy(model).train()
-    if hasattr(trained, "activation_checkpointing_enable"):
-        trained.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
-    else:
-        trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    compat.enable_checkpointing(trained, reentrant)
     assert_equal(results(trained, **stock_batch()), results(build(config_of("llama")), **anchor_batch()), 0)
 
 
@@ -186,6 +183,7 @@ def row(*documents: list[int]) -> tuple[Tensor, Tensor]:
 
 
 IDS, RESET = row([1, 5, 6], [1, 7], [1, 8, 9, 4])
+BATCH = {"input_ids": IDS, "position_ids": RESET}
 RUN_ON = [[0, 1, 2, 0, 4, 0, 6, 7, 8]]
 
 
@@ -289,14 +287,59 @@ def test_it_is_done_once_a_forward(model, monkeypatch):
 # ---------------------------------------------------------------- what is wrong with a row
 
 
-@pytest.mark.parametrize("rows", [RESET.expand(2, -1), RESET[:, :-1], RESET[0]], ids=["rows", "length", "1-D"])
-def test_positions_of_another_shape_are_refused_as_ever(model, rows):
-    texts = []
-    for refusing in (model, build(config_of("llama"))):
-        with pytest.raises((ValueError, RuntimeError, IndexError)) as caught:
-            refusing(input_ids=IDS, position_ids=rows)
-        texts.append(str(caught.value))
-    assert texts[0] == texts[1]
+@pytest.mark.parametrize("implementation", ["anchor", NAME])
+@pytest.mark.parametrize(
+    "rows",
+    [RESET.expand(2, -1), RESET[:, :-1], RESET[0], RESET.expand(3, 1, -1)],
+    ids=["rows", "length", "1-D", "multimodal"],
+)
+def test_positions_of_another_shape_are_refused(implementation, rows):
+    with pytest.raises(ValueError, match="position_ids must be") as caught:
+        build(config_of("llama"), implementation)(input_ids=IDS, position_ids=rows)
+    assert str(tuple(IDS.shape)) in str(caught.value)
+    assert str(tuple(rows.shape)) in str(caught.value)
+
+
+def test_multimodal_positions_that_restart_are_refused():
+    """The host takes the first of its axes for the text."""
+    given = {"position_ids": RESET.expand(4, 1, -1), "input_ids": IDS}
+    with pytest.raises(ValueError, match="multimodal"):
+        continuous.continued(None, given)
+    running = torch.arange(IDS.shape[1]).expand(4, 1, -1)
+    assert continuous.continued(None, {**given, "position_ids": running}) is None
+
+
+def test_the_name_in_the_config_of_a_finished_model_is_refused():
+    """It has no hook, and would give the baseline."""
+    model = build(config_of("llama"), "sdpa")
+    model.config._attn_implementation = NAME
+    with pytest.raises(AnchorUnsupportedError, match="set_attn_implementation"):
+        model(input_ids=IDS, position_ids=RESET)
+    model = build(config_of("llama"), "anchor")  # it has one
+    model.config._attn_implementation = NAME
+    assert_equal(logits(model, **BATCH), logits(build(config_of("llama"), NAME), **BATCH), 0)
+
+
+def test_documents_of_one_token_at_the_end_of_finished_positions_stay(model):
+    """Zeros at the end may be padding, of which nobody sees the difference; or documents."""
+    ids, positions = torch.tensor([[1, 5, 1, 7, 1, 9]]), torch.tensor([[0, 1, 0, 3, 0, 0]])
+    ours = logits(model, input_ids=ids, position_ids=positions)
+    assert_equal(ours, logits(build(config_of("llama")), input_ids=ids, position_ids=positions), 0)
+
+
+@pytest.mark.parametrize("limit", [None, 8])
+def test_one_graph(limit):
+    """No branch on data, except where a row is longer than the model allows, if it is packed."""
+    changes = {} if limit is None else {"max_position_embeddings": limit}
+    model = build(config_of("llama", num_hidden_layers=1, **changes), NAME)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=limit is None)
+    if limit is None:
+        assert_equal(compiled(**BATCH).logits, model(**BATCH).logits, 1e-9)
+    else:
+        with pytest.raises(ValueError, match="--per_device_train_batch_size 1"):
+            compiled(**BATCH)
+    torch._dynamo.reset()
 
 
 def test_a_row_beyond_the_trained_positions_is_refused():

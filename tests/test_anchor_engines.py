@@ -261,6 +261,20 @@ SHARED_PROBLEMS = {
 }
 
 
+@pytest.mark.parametrize("documents", [[0, 1, -1, -1], [0, 1, 2, 1], [1, 0, 2, 2]], ids=["negative", "twice", "late"])
+def test_document_ids_out_of_order_are_refused(documents):
+    tensors = (torch.randn(1, 2, 4, 3) for _ in range(3))
+    with pytest.raises(ValueError, match="anchor_doc_ids must hold") as caught:
+        anchor_attention(*tensors, torch.arange(4)[None], anchor_doc_ids=torch.tensor([documents]))
+    assert "row 0" in str(caught.value)
+
+
+def test_tensors_of_several_dtypes_are_refused():
+    q, k, v = (torch.randn(1, 2, 4, 3) for _ in range(3))
+    with pytest.raises(ValueError, match=r"one dtype, not torch.float32, torch.float64 and torch.float32"):
+        anchor_attention(q, k.double(), v, torch.arange(4)[None])
+
+
 @pytest.mark.parametrize("sinks", [False, True], ids=["no_sinks", "sinks"])
 @pytest.mark.parametrize("name", SHARED_PROBLEMS)
 def test_shared_layout_equals_its_definition(engine, name, sinks):

@@ -370,19 +370,37 @@ def test_continued_prefill_equals_one_prefill(llama):
 # ---------------------------------------------------------------- beside other libraries and modes
 
 
-def test_packed_rows_behind_cached_keys_are_refused(llama):
+SHORT = torch.tensor([[0, 1] * 12]).expand(3, -1)  # documents of two tokens
+SHARED = {
+    "position_ids": torch.arange(24).expand(3, -1),
+    "anchor_doc_ids": documents_of([[5, 9, 9], [20, 1, 2], [1, 1, 21]]),
+}
+
+
+@pytest.mark.parametrize(
+    "packed", [{"position_ids": ROWS.position_ids}, {"position_ids": SHORT}, SHARED], ids=["replica", "short", "shared"]
+)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_packed_rows_behind_a_cache_are_refused(llama, packed, static):
     """A row behind a cache is one document; several would see each other, silently."""
-    cache = llama(input_ids=ROWS.input_ids[:, :4], use_cache=True).past_key_values
+    if static:
+        cache = StaticCache(config=llama.config, max_cache_len=64)
+    else:
+        cache = llama(input_ids=ROWS.input_ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(AnchorUnsupportedError) as caught:
-        llama(input_ids=ROWS.input_ids, position_ids=ROWS.position_ids, past_key_values=cache)
+        llama(input_ids=ROWS.input_ids, **packed, past_key_values=cache)
     check_text(str(caught.value), "cached keys")
 
 
-def test_packed_rows_in_a_static_cache_are_refused(llama):
-    cache = StaticCache(config=llama.config, max_cache_len=64)
-    with pytest.raises(AnchorUnsupportedError) as caught:
-        llama(input_ids=ROWS.input_ids, position_ids=ROWS.position_ids, past_key_values=cache)
-    check_text(str(caught.value), "cached keys")
+@pytest.mark.parametrize("padding", [0, 1])
+def test_left_padding_behind_a_cache_is_no_packed_row(llama, padding):
+    """Whichever position the padding was given."""
+    positions = torch.tensor([[padding] * 3 + [*range(21)]]).expand(3, -1)
+    llama(
+        input_ids=ROWS.input_ids,
+        position_ids=positions,
+        past_key_values=StaticCache(config=llama.config, max_cache_len=64),
+    )
 
 
 def test_inference_mode(llama):

@@ -439,3 +439,8 @@ def test_stock_trainer_with_its_default_collator(tmp_path, layout):
     assert seen == Counter(chain.from_iterable(documents))
     for ours, stock in recorder.losses:
         assert_equal(ours, stock, 1e-6)
+
+
+def test_a_column_without_lists_is_refused():
+    with pytest.raises(ValueError, match="the column labels is None"):
+        AnchorPacking(8, 1)({"input_ids": [[3, 4]], "labels": None})

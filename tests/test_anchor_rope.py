@@ -357,3 +357,21 @@ def test_attention_that_cannot_be_watched_is_refused():
     with pytest.raises(AnchorUnsupportedError) as caught:
         rope_drift(model, IDS)
     check_text(str(caught.value), "gptj", "table of attention functions")
+
+
+@pytest.mark.parametrize("what", [None, "gpt2"])
+def test_what_is_no_model_is_refused(what):
+    with pytest.raises(ValueError, match=type(what).__name__):
+        check_rope_precision(what)
+    with pytest.raises(ValueError, match=type(what).__name__):
+        rope_drift(what, torch.ones(1, 4).long())
+
+
+@pytest.mark.parametrize(
+    "ids, word",
+    [([[1, 2]], "list"), (torch.ones(1, 4), "float32"), (torch.ones(0, 4).long(), r"\(0, 4\)")],
+    ids=["list", "floats", "no rows"],
+)
+def test_what_are_no_token_ids_is_refused(ids, word):
+    with pytest.raises(ValueError, match=f"input_ids must be .*{word}"):
+        rope_drift(build(config_of("llama")), ids)

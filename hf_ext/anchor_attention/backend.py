@@ -10,7 +10,7 @@ from transformers.masking_utils import sdpa_mask
 from hf_ext import compat
 from hf_ext.anchor_attention.compiled import compiled_attention
 from hf_ext.anchor_attention.engines import as_autocast, engine_for, segment_attention
-from hf_ext.anchor_attention.frame import once, open_frame
+from hf_ext.anchor_attention.frame import forward_of, once, open_frame
 from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.reference import masked_attention
 from hf_ext.anchor_attention.segments import build_table
@@ -32,6 +32,14 @@ CONTEXT_PARALLEL = (
     "DeepSpeed's Ulysses sequence parallelism (sp_size) works: it gathers the rows before attention"
 )
 
+BEHIND_A_CACHE = (
+    "packed documents came together with cached keys or a learned prefix, behind which they could not be told apart"
+)
+NO_HOOK = (
+    "its name was written into the config of a finished model, which has no hook to let positions run on. Use "
+    "model.set_attn_implementation, or give the name when the model is made"
+)
+
 
 class AnchorMask:
     """Stands where a mask tensor would. It carries what the attention function needs, once a forward.
@@ -41,19 +49,26 @@ class AnchorMask:
 
     padding: (B, L) bool, True = real token, or None. window: the width the host's mask call asked for, or None.
     looks_ahead: scalar bool, to be checked when a compiled graph runs; None once it is.
+    documents: (B, L) `anchor_doc_ids` that the model was given, for layers that do not hand them on; or None.
     """
 
     # `generate` with a static cache makes the masks itself, asks `contiguous()` of each, and hands them to the model,
     # whose own mask call tells finished masks by their four dimensions and passes this one on to `anchor_mask`.
     ndim = 4
 
-    __slots__ = ("_model", "_name", "looks_ahead", "padding", "window")
+    __slots__ = ("_model", "_name", "documents", "looks_ahead", "padding", "window")
 
     def __init__(
-        self, padding: Tensor | None, window: int | None, model: str, name: str, looks_ahead: Tensor | None = None
+        self,
+        padding: Tensor | None,
+        window: int | None,
+        model: str,
+        name: str,
+        looks_ahead: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> None:
         self.padding, self.window, self._model, self._name = padding, window, model, name
-        self.looks_ahead = looks_ahead
+        self.looks_ahead, self.documents = looks_ahead, documents
 
     def _touched(self, what: str) -> MaskTouchedError:
         reason = f"its layers use the attention mask themselves ({what})"
@@ -109,7 +124,8 @@ def anchor_mask(
     continued prefill, static caches) gets sdpa's mask: there, one row is one document.
 
     Raises:
-        AnchorUnsupportedError: the host asks for a mask in which a token sees a later one, or the model is traced.
+        AnchorUnsupportedError: the host asks for a mask in which a token sees a later one, the model is traced, its
+            rows are packed and stand behind a cache, or its hook is missing.
     """
     open_frame()
     if isinstance(attention_mask, AnchorMask):
@@ -118,8 +134,12 @@ def anchor_mask(
     if torch.jit.is_tracing():
         reason = "torch.jit.trace would freeze the documents of its example into the graph"
         raise AnchorUnsupportedError(refusal(model, reason, name))
+    forward = forward_of(config)
+    documents = None if forward is None else forward.documents
     q_length, q_offset = compat.query_span(arguments)
     if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
+        if forward is None and name == CONTINUOUS:
+            raise AnchorUnsupportedError(refusal(model, NO_HOOK, name))
         looks_ahead = _looks_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"))
         if looks_ahead is not None and not torch.compiler.is_compiling():
             if looks_ahead:
@@ -127,7 +147,9 @@ def anchor_mask(
             looks_ahead = None
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        return AnchorMask(attention_mask, local_size, model, name, looks_ahead)
+        return AnchorMask(attention_mask, local_size, model, name, looks_ahead, documents)
+    if documents is not None:
+        raise AnchorUnsupportedError(refusal(model, BEHIND_A_CACHE, name))
     return sdpa_mask(
         batch_size=batch_size,
         kv_length=kv_length,
@@ -200,9 +222,10 @@ def anchor_attention_forward(
     padding = looks_ahead = None
     windows = [] if sliding_window == UNTOLD else [sliding_window]
     if attention_mask is None:  # Ulysses sequence parallelism drops masks; it means "no padding"
-        _refuse_dropped_mask(module, is_causal, windows)
+        _refuse_dropped_mask(module, is_causal, windows, anchor_doc_ids)
     else:
         padding, looks_ahead = attention_mask.padding, attention_mask.looks_ahead
+        anchor_doc_ids = attention_mask.documents if anchor_doc_ids is None else anchor_doc_ids
         windows.append(attention_mask.window)  # some hosts tell it to the layer, some only to the mask
     sliding_window = min([window for window in windows if window is not None], default=None)
     options = Options(scaling, sliding_window, softcap, dropout, s_aux)
@@ -244,11 +267,18 @@ def _in_a_graph(
     )
 
 
-def _refuse_dropped_mask(module: torch.nn.Module, is_causal: bool | None, windows: list[int | None]) -> None:
-    """The positions alone say who sees whom, if they are those of whole rows and the mask did not hold the window."""
+def _refuse_dropped_mask(
+    module: torch.nn.Module, is_causal: bool | None, windows: list[int | None], documents: Tensor | None
+) -> None:
+    """The positions alone say who sees whom, if they are those of whole rows and the mask held nothing else."""
     if is_causal:  # accelerate's hooks hand this to every layer in place of the mask
         raise _unsupported(module, CONTEXT_PARALLEL)
     config = getattr(module, "config", None)
+    forward = forward_of(config)
+    if documents is None and forward is not None and forward.documents is not None:
+        raise _unsupported(
+            module, "anchor_doc_ids (the shared layout) do not reach its layers when the mask is dropped"
+        )
     if name_of(config) == CONTINUOUS:
         raise _unsupported(
             module,
@@ -267,16 +297,15 @@ def _refuse_dropped_mask(module: torch.nn.Module, is_causal: bool | None, window
 def _refuse_packed(module: torch.nn.Module, position_ids: Tensor | None) -> None:
     """Behind a cache or a learned prefix a row is one document; several would see each other, and silently.
 
-    A position 0 after one of at least 2 tells that: the positions of padding are 0 or 1.
+    A position 0 behind another tells that, unless nothing but padding stands before it, whose positions are all 1 (or
+    all 0, which are no position "behind another").
     """
     if position_ids is None or position_ids.ndim != 2 or position_ids.shape[1] == 1:
         return
-    if ((position_ids[:, 1:] == 0) & (position_ids[:, :-1] >= 2)).any():
-        raise _unsupported(
-            module,
-            "packed documents (position_ids restart inside a row) came together with cached keys or a learned prefix, "
-            "behind which they could not be told apart",
-        )
+    before, here = position_ids[:, :-1], position_ids[:, 1:]
+    only_padding = (before != 1).cumsum(1) == 0
+    if ((here == 0) & (before != 0) & ~only_padding).any():
+        raise _unsupported(module, BEHIND_A_CACHE)
 
 
 def _as_sdpa(

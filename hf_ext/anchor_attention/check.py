@@ -100,10 +100,10 @@ def hosted_model(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: there is none.
     """
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():
         if isinstance(module, PreTrainedModel):
             return module
-    raise ValueError(f"model must be a transformers PreTrainedModel or hold one; {type(model).__name__} does not")
+    raise ValueError(f"model must be a transformers PreTrainedModel or hold one; a {type(model).__name__} does not")
 
 
 @contextmanager

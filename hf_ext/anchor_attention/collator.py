@@ -150,8 +150,8 @@ def _checked(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
     if ids.ndim != 2 or not ids.shape == positions.shape == labels.shape or ids.shape[1] == 0:
         raise ValueError(
             "input_ids, position_ids and labels of the inner collator must all be (batch, length), and they are "
-            f"{tuple(ids.shape)}, {tuple(positions.shape)} and {tuple(labels.shape)}; multimodal (3-D) positions "
-            "cannot be rewritten"
+            f"{tuple(ids.shape)}, {tuple(positions.shape)} and {tuple(labels.shape)} (a document without tokens can be "
+            "the cause; multimodal, 3-D, positions cannot be rewritten)"
         )
     if (positions[:, 0] != 0).any():
         raise ValueError(

@@ -1,11 +1,10 @@
-"""attn_implementation="anchor_continuous": the backend of "anchor", and a hook that lets restarting positions run on.
+"""attn_implementation="anchor_continuous": the backend of "anchor", with restarting positions made to run on before.
 
 For loops whose collator cannot be changed. Padding-free collators restart `position_ids` at every document, which under
 "anchor" is intra-document attention; here the model is given anchor ids instead, and the first token of each document
 is its anchor.
 """
 
-import inspect
 import warnings
 from typing import Any
 from weakref import WeakSet
@@ -19,51 +18,31 @@ from hf_ext.anchor_attention.support import CONTINUOUS
 _WARNED: WeakSet[nn.Module] = WeakSet()
 
 
-def place_hook(model: Any, name: str) -> None:
-    """If `model` is about to get this name, give it and the models inside it the hook, each once.
-
-    `set_attn_implementation` announces the outer model only, and wrappers (PEFT, chunked losses) may call the inner.
-    """
-    if name == CONTINUOUS:
-        for module in model.modules():
-            if hasattr(module, "get_correct_attn_implementation") and not _has_hook(module):
-                module.register_forward_pre_hook(run_on, with_kwargs=True)
-
-
-def _has_hook(module: nn.Module) -> bool:
-    return run_on in module._forward_pre_hooks.values()
-
-
-def run_on(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    """The hook: `args` and `kwargs` of the forward with `position_ids` (B, L) that run on, or None to leave them.
-
-    A function of a module, so that models can be copied and pickled.
+def continued(module: Any, given: dict[str, Any]) -> Tensor | None:
+    """New `position_ids` (B, L) that run on, for a forward with the arguments `given`; None to leave them.
 
     Raises:
-        ValueError: a row longer than the positions the model was made for.
+        ValueError: a row longer than the positions the model was made for, or multimodal positions that restart.
     """
-    if module.config._attn_implementation != CONTINUOUS or _inner_does_it(module):
-        return None
-    names = [*inspect.signature(type(module).forward).parameters][1 : len(args) + 1] if args else []
-    given = dict(zip(names, args, strict=False)) | kwargs
     positions, mask, ids = (given.get(name) for name in ("position_ids", "attention_mask", "input_ids"))
-    if given.get("past_key_values") is not None or not isinstance(positions, Tensor) or positions.ndim != 2:
+    if given.get("past_key_values") is not None or not isinstance(positions, Tensor):
+        return None
+    if positions.ndim == 3:
+        _refuse_multimodal(positions)
         return None
     # A mask of the user's own (4-D) says who sees whom; shapes that are wrong are the attention function's to refuse.
-    if not all(x is None or _fits(x, positions) for x in (mask, ids)):
+    if positions.ndim != 2 or not all(x is None or _fits(x, positions) for x in (mask, ids)):
         return None
-    rewritten = _rewritten(module, positions, mask, ids)
-    if rewritten is None:
-        return None
-    if "position_ids" in names:
-        return tuple(rewritten if x is positions else x for x in args), kwargs
-    return args, kwargs | {"position_ids": rewritten}
+    return _rewritten(module, positions, mask, ids)
 
 
-def _inner_does_it(module: Any) -> bool:
-    """Twice would change nothing, but wait twice for the device."""
-    inner = module.base_model
-    return inner is not module and _has_hook(inner) and inner.config._attn_implementation == CONTINUOUS
+def _refuse_multimodal(positions: Tensor) -> None:
+    """(axes, B, L); the first axis is that of the text, where there is one."""
+    if ((positions[0, :, 1:] == 0) & (positions[0, :, :-1] > 0)).any():
+        raise ValueError(
+            f'attn_implementation="{CONTINUOUS}" cannot rewrite multimodal position_ids {tuple(positions.shape)}, and '
+            f'they restart inside a row. Use "anchor" with positions that run on (AnchorPacking, AnchorCollator)'
+        )
 
 
 def _fits(tensor: Any, positions: Tensor) -> bool:
@@ -78,8 +57,13 @@ def _rewritten(module: Any, positions: Tensor, mask: Tensor | None, ids: Tensor 
     if mask is not None:  # left padding is no document
         starts = starts & mask.bool()
     new = anchor_ids(starts)
-    # Anchor ids pass: behind the first start they are row indices. What is before the second may begin anywhere.
-    restart = ((new != positions) & (starts.cumsum(1) > 1)).any(1, keepdim=True)
+    # Anchor ids pass: behind the first start they are row indices. What is before the second may begin anywhere, and
+    # zeros at the end may be documents of one token.
+    restart = ((new != positions) & (starts.cumsum(1) > 1) & ~padding).any(1, keepdim=True)
+    limit = getattr(module.config, "max_position_embeddings", None)
+    too_long = limit is not None and positions.shape[1] > limit
+    if torch.compiler.is_compiling() and not too_long:
+        return torch.where(restart, new, positions).to(positions.dtype)  # a graph cannot branch, nor warn
     flags = [restart.any()]
     if ids is not None:
         heads = starts & ~padding & restart
@@ -88,8 +72,7 @@ def _rewritten(module: Any, positions: Tensor, mask: Tensor | None, ids: Tensor 
     restarts, *mixed = torch.stack(flags).tolist()  # the one wait for the device
     if not restarts:
         return None
-    limit = getattr(module.config, "max_position_embeddings", None)
-    if limit is not None and positions.shape[1] > limit:
+    if too_long:
         raise ValueError(
             f'attn_implementation="{CONTINUOUS}" numbers a row of packed documents from one end to the other: this one '
             f"has {positions.shape[1]} tokens, and the model (max_position_embeddings) was made for {limit}. Use "

@@ -77,7 +77,10 @@ def rope_drift(model: nn.Module, input_ids: Tensor, shift_a: int = 0, shift_b: i
 
 def _check_input(model: nn.Module, input_ids: Tensor, *shifts: int) -> int:
     """The last position that will be used."""
-    if input_ids.ndim != 2 or input_ids.shape[1] < 2:
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids must be a tensor of token ids, not {kind}")
+    if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be (B, L) with L of at least 2, not {tuple(input_ids.shape)}")
     for shift in shifts:
         if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:

@@ -55,8 +55,8 @@ def anchor_attention(
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, options: Options) -> Tensor:
     """The engine in use, applied to a table of segments; shapes as in `anchor_attention`."""
-    _check_shapes(query, key, value, table, options.sinks)
     query, key, value = as_autocast(query, key, value)
+    _check_inputs(query, key, value, table, options.sinks)
     options = without_idle_window(options, table)
     engine = engine_for(query, value, table, options)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
@@ -88,7 +88,7 @@ def _nothing(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
     return q.new_zeros(0, q.shape[1], v.shape[2]) + tie
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, sinks: Tensor | None) -> None:
+def _check_inputs(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable, sinks: Tensor | None) -> None:
     shapes = [tuple(x.shape) for x in (query, key, value)]
     batch, heads, length, width = shapes[0]
     key_heads = shapes[1][1]
@@ -104,5 +104,7 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, table: SegmentTable
             "query, key, value must be (B, Hq, L, D), (B, Hkv, L, D), (B, Hkv, L, Dv) with Hkv dividing Hq, "
             f"and the positions (B, L); they are {shapes[0]}, {shapes[1]}, {shapes[2]} and {table.shape}"
         )
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query, key and value must have one dtype, not {query.dtype}, {key.dtype} and {value.dtype}")
     if sinks is not None and sinks.shape != (heads,):
         raise ValueError(f"sinks must be (Hq,) = ({heads},), not {tuple(sinks.shape)}")

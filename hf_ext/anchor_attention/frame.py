@@ -1,11 +1,34 @@
-"""What is read off the tensors of a forward once for all its layers, so that positions leave the device once."""
+"""What belongs to one forward: its arguments, and what is read off its tensors once for all layers."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from threading import local
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
 T = TypeVar("T")
+
+
+class Forward(NamedTuple):
+    """config: of the model. documents: `anchor_doc_ids` (B, L) as the model was given them, or None."""
+
+    config: Any
+    documents: Tensor | None
+
+
+_running = local()  # data parallelism runs a forward in every thread
+
+
+def announce_forward(config: Any, documents: Tensor | None) -> None:
+    """A model begins; some layers do not hand on what it was given."""
+    _running.forward = Forward(config, documents)
+
+
+def forward_of(config: Any) -> Forward | None:
+    """The running forward of the model with `config`, if it was announced."""
+    forward = getattr(_running, "forward", None)
+    return forward if forward is not None and forward.config is config else None
+
 
 # For each function its last arguments and result. The tensors themselves are held, so that no other gets their memory.
 _last: dict[Callable, tuple[tuple, Any]] = {}

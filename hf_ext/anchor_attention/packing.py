@@ -205,6 +205,8 @@ def _is_integer(value: Any) -> bool:
 
 
 def _lists(column: Sequence[Any], name: str) -> list[list[int]]:
+    if column is None:
+        raise ValueError(f"the column {name} is None; leave it out, or give a list a document")
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in column]
     for index, row in enumerate(rows):
         if not isinstance(row, (list, tuple)):

@@ -58,9 +58,14 @@ def check_rope_precision(model: nn.Module, position_ids: Tensor | None = None) -
         model: the model, or whatever wraps one.
         position_ids: as they will be handed to the model; of an integer dtype, or it is a finding.
 
+    Raises:
+        ValueError: `model` is no module.
+
     A model without such a buffer is ok, as GPT-2 with its learned positions is, and a finding says that nothing was
     compared. A buffer that no config explains is not ok: it could not be verified.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, not a {type(model).__name__}")
     rotary = [(name, module) for name, module in model.named_modules() if _frequencies(module)]
     bad = [finding for name, module in rotary for finding in _module_findings(name, module)]
     if position_ids is not None and position_ids.is_floating_point():

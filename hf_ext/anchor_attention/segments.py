@@ -107,7 +107,7 @@ def segments_from_documents(anchor_doc_ids: Tensor, attention_mask: Tensor | Non
         attention_mask: (B, L), 1 = real token.
 
     Raises:
-        ValueError: an anchor after the first document, or a document in two pieces, with its row.
+        ValueError: an anchor after the first document, negative ids, or a document in two pieces, with its row.
     """
     ids = anchor_doc_ids.cpu()
     length = ids.shape[1]
@@ -116,9 +116,9 @@ def segments_from_documents(anchor_doc_ids: Tensor, attention_mask: Tensor | Non
     replicas: list[int] = []  # of every segment: how many slots at its head repeat the row's anchor
     for row in range(ids.shape[0]):
         documents, sizes = ids[row].unique_consecutive(return_counts=True)
-        if len(documents.unique()) < len(documents) or 0 in documents[1:]:
+        if documents.min() < 0 or len(documents.unique()) < len(documents) or 0 in documents[1:]:
             raise ValueError(
-                "anchor_doc_ids must hold the anchor (0) first and then every document in one piece; "
+                "anchor_doc_ids must hold the anchor (0) first and then every document (1, 2, ...) in one piece; "
                 f"row {row} holds the documents {documents.tolist()} with {sizes.tolist()} tokens"
             )
         pieces = [columns[real[row, columns]] + row * length for columns in torch.arange(length).split(sizes.tolist())]
