@@ -60,10 +60,14 @@ def _check_positions(module: Any, positions: Any, tokens: Any) -> None:
     if not isinstance(positions, Tensor) or not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return
     rows, length = tokens.shape[:2]
-    rope = getattr(module.config.get_text_config(), "rope_parameters", None) or {}
-    if positions.ndim == 3 and positions.shape[-1] == length and "mrope_section" in str(rope):
-        return  # multimodal positions, of which the host takes the row for text
+    if positions.ndim == 3 and positions.shape[-1] == length and _is_multimodal(module.config.get_text_config()):
+        return  # the host takes the row for text
     if positions.ndim != 2 or positions.shape[1] != length or positions.shape[0] not in (1, rows):
         raise ValueError(
             f"position_ids must be (batch, length) = ({rows}, {length}), or (1, {length}), not {tuple(positions.shape)}"
         )
+
+
+def _is_multimodal(config: Any) -> bool:
+    rope = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    return "mrope_section" in str(rope)
