@@ -223,4 +223,5 @@ def draw(rows: list[Row], axes: list[Any]) -> None:
                 axis.plot(lengths, [row.limit for row in chosen], ":", color=line.get_color())
         axis.set(title=f"anchor, forward + backward, {title}", xlabel="tokens a row", ylabel="times faster")
         axis.axhline(1, color="grey", linewidth=0.8)
-        axis.legend(title="dotted: FLOP limit" if peer == CAUSAL else None)
+        limit = "dotted: FLOP limit" if peer == CAUSAL else None
+        axis.legend(title=limit, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=3, frameon=False)
