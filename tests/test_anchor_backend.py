@@ -19,7 +19,8 @@ from anchor_oracle import (
 )
 from torch import Tensor
 
-from hf_ext.anchor_attention.backend import AnchorMask, anchor_attention_forward, anchor_mask
+from hf_ext.anchor_attention.backend import anchor_attention_forward
+from hf_ext.anchor_attention.mask import AnchorMask, anchor_mask
 from hf_ext.anchor_attention.support import AnchorUnsupportedError
 
 # ---------------------------------------------------------------- the mask function, called by hand

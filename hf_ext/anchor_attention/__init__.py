@@ -2,6 +2,11 @@
 
 `attn_implementation="anchor"` in transformers, on rows made by `AnchorPacking`. Not the inference method of the same
 name (arXiv 2505.23520).
+
+Reading order: `reference` (the definition), `segments`, `engines` and `choice` (the operation, and who computes it:
+`sdpa`, `varlen`, `flex`, `dense`), `mask`, `backend`, `decoding`, `hooks`, `compiled` (what transformers calls),
+`packing`, `collator`, `continuous` (rows and positions), `support`, `models`, `check` (which models), `rope` and `drift`
+(how precisely).
 """
 
 from importlib import import_module

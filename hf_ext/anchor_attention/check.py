@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_ext import compat
-from hf_ext.anchor_attention.backend import anchor_attention_forward, anchor_mask
+from hf_ext.anchor_attention.backend import anchor_attention_forward
+from hf_ext.anchor_attention.mask import anchor_mask
 from hf_ext.anchor_attention.support import AnchorUnsupportedError, refusal, who, why_unsupported
 
 # Never one of the user's names: what is lent for a probe must not meet what is registered.

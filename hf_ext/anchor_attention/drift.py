@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask
 
 from hf_ext.anchor_attention.check import hosted_model, lent
 from hf_ext.anchor_attention.models import OWN_ATTENTION
-from hf_ext.anchor_attention.support import AnchorUnsupportedError, refusal, who
+from hf_ext.anchor_attention.support import unsupported
 
 
 @dataclass
@@ -61,9 +61,9 @@ def rope_drift(model: nn.Module, input_ids: Tensor, shift_a: int = 0, shift_b: i
     a = _attention_at(inner, ids, shift_a)
     b = _attention_at(inner, ids, shift_b)
     if not a:
-        raise _unsupported(inner, OWN_ATTENTION)
+        raise unsupported(inner, OWN_ATTENTION)
     if shift_a != shift_b and all(torch.equal(x.first_key, y.first_key) for x, y in zip(a, b, strict=True)):
-        raise _unsupported(inner, f"position_ids (up to {farthest}) do not reach its queries and keys")
+        raise unsupported(inner, f"position_ids (up to {farthest}) do not reach its queries and keys")
     length = ids.shape[1]
     counts = torch.arange(length, 0, -1, dtype=torch.float64, device=ids.device)
     by_key = [
@@ -86,7 +86,7 @@ def _check_input(model: nn.Module, input_ids: Tensor, *shifts: int) -> int:
         if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
             raise ValueError(f"shift_a and shift_b must be integers of at least 0, not {shift!r}")
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise _unsupported(model, "its forward takes no position_ids")
+        raise unsupported(model, "its forward takes no position_ids")
     last = max(shifts) + input_ids.shape[1] - 1
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and last >= limit:
@@ -114,7 +114,7 @@ def _attention_at(model: nn.Module, input_ids: Tensor, shift: int) -> list[_Laye
         # The host hands its written-out function to nobody; it stands beside the layer that would call it.
         eager = inspect.unwrap(type(module).forward).__globals__.get("eager_attention_forward")
         if eager is None:
-            raise _unsupported(module, "its file has no eager_attention_forward")
+            raise unsupported(module, "its file has no eager_attention_forward")
         out, weights = eager(module, query, key, value, mask, **keywords)
         seen.append(_Layer(weights, _first_logits(query, key, mask, **keywords), key[:, :, 0]))
         return out, weights
@@ -139,7 +139,3 @@ def _first_logits(
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     return logits.double() if mask is None else logits.double().masked_fill(mask[..., 0] != 0, 0.0)
-
-
-def _unsupported(model: nn.Module, reason: str) -> AnchorUnsupportedError:
-    return AnchorUnsupportedError(refusal(who(type(model).__name__, getattr(model, "config", None)), reason))

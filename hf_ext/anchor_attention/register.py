@@ -3,8 +3,9 @@
 from typing import Any
 
 from hf_ext import compat
-from hf_ext.anchor_attention.backend import anchor_attention_forward, anchor_mask
+from hf_ext.anchor_attention.backend import anchor_attention_forward
 from hf_ext.anchor_attention.hooks import place_hook
+from hf_ext.anchor_attention.mask import anchor_mask
 from hf_ext.anchor_attention.support import NAMES, check_at_load
 
 

@@ -23,6 +23,9 @@ NAMES = ("anchor", CONTINUOUS)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 LOOKS_AHEAD = f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE})"
+BEHIND_A_CACHE = (
+    "packed documents came together with cached keys or a learned prefix, behind which they could not be told apart"
+)
 
 
 class AnchorUnsupportedError(ValueError):
@@ -48,6 +51,12 @@ def refusal(who: str, reason: str, name: str = NAMES[0]) -> str:
 
 def who(model_class: str, config: Any) -> str:
     return f"{model_class} (model_type {getattr(config, 'model_type', None)!r})"
+
+
+def unsupported(module: Any, reason: str) -> AnchorUnsupportedError:
+    """For a layer that asks for what cannot be had."""
+    config = getattr(module, "config", None)
+    return AnchorUnsupportedError(refusal(who(type(module).__name__, config), reason, name_of(config)))
 
 
 def check_at_load(model: Any, name: str) -> None:
