@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+from anchor_models import build, config_of, packed_rows
 from anchor_oracle import (
     assert_equal,
     attend,
@@ -609,3 +610,12 @@ def test_on_cuda(name, feature):
         except RuntimeError as error:
             pytest.skip(str(error))
     assert_equal({key: x.cpu() for key, x in got.items()}, expected, 2e-2)
+
+
+@pytest.mark.gpu
+def test_stock_flash_attention_on_one_row_is_anchor_attention():
+    """It cuts a single row wherever a position is 0."""
+    pytest.importorskip("flash_attn")
+    batch = {name: x[:1].cuda() for name, x in packed_rows().batch().items()}
+    ours, stock = (build(config_of("llama"), name, torch.bfloat16).cuda() for name in ("anchor", "flash_attention_2"))
+    assert_equal(ours(**batch, use_cache=False).logits, stock(**batch, use_cache=False).logits, 2e-2)
