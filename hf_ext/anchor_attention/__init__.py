@@ -5,8 +5,8 @@ name (arXiv 2505.23520).
 
 Reading order: `reference` (the definition), `segments`, `engines` and `choice` (the operation, and who computes it:
 `sdpa`, `varlen`, `flex`, `dense`), `mask`, `backend`, `decoding`, `hooks`, `compiled` (what transformers calls),
-`packing`, `collator`, `continuous` (rows and positions), `support`, `models`, `check` (which models), `rope` and `drift`
-(how precisely).
+`packing`, `collator`, `continuous` (rows and positions), `support`, `models`, `check` (which models), `rope` and
+`drift` (how precisely).
 """
 
 from importlib import import_module
