@@ -255,7 +255,7 @@ def context_parallelism_is_on() -> bool:
     return str(F.scaled_dot_product_attention.__module__).startswith("torch.distributed.tensor.experimental.")
 
 
-# --- torch: autograd inside a custom operator, whose body runs below autograd. Private, but unchanged since 2.0; goes
+# --- torch: autograd inside a custom operator, whose body runs below autograd. Private functions (used with 2.13); goes
 # --- when torch.library offers operators that are differentiated through their Python body.
 
 
@@ -271,7 +271,7 @@ def recording_inside_an_operator() -> Iterator[None]:
         yield
 
 
-# --- torch: TF32. Where it has the newer setting (2.9), reading the older flag raises once somebody used the newer.
+# --- torch: TF32. Where it has the newer setting, reading the older flag raises once somebody used the newer.
 
 
 def tf32_on(device: Any) -> bool:
