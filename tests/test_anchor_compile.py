@@ -155,14 +155,16 @@ def tables(monkeypatch):
     return made
 
 
+@pytest.mark.parametrize("extra", [{}, {"attention_mask": MASK}], ids=["plain", "padded"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma2"])
-def test_one_table_for_all_layers_and_their_backward(tables, model_type):
+def test_one_table_for_all_layers_and_their_backward(tables, model_type, extra):
+    """Gemma 2 asks for two masks a forward."""
     model = build(config_of(model_type)).train()
     for checkpointing in (False, True):
         if checkpointing:
             compat.enable_checkpointing(model)
         tables.clear()
-        results(model, **ROWS.batch())
+        results(model, **ROWS.batch(), **extra)
         assert len(tables) == 1
 
 

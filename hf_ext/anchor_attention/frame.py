@@ -10,18 +10,23 @@ T = TypeVar("T")
 
 
 class Forward(NamedTuple):
-    """config: of the model. documents: `anchor_doc_ids` (B, L) as the model was given them, or None."""
+    """config: of the model. documents: `anchor_doc_ids` (B, L) as the model was given them, or None.
+
+    padding: its 2-D mask (B, L) bool, True = real token, or None: one tensor for all mask calls of the forward.
+    """
 
     config: Any
     documents: Tensor | None
+    padding: Tensor | None
 
 
 _running = local()  # data parallelism runs a forward in every thread
 
 
-def announce_forward(config: Any, documents: Tensor | None) -> None:
-    """A model begins; some layers do not hand on what it was given."""
-    _running.forward = Forward(config, documents)
+def announce_forward(config: Any, documents: Tensor | None, mask: Any) -> None:
+    """A model begins; some layers do not hand on what it was given, and the host makes its mask anew for each call."""
+    padding = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    _running.forward = Forward(config, documents, padding)
 
 
 def forward_of(config: Any) -> Forward | None:

@@ -40,7 +40,7 @@ def before(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dic
     given = dict(zip(names, args, strict=False)) | kwargs
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     _check_positions(module, given.get("position_ids"), tokens)
-    announce_forward(module.config, given.get("anchor_doc_ids"))
+    announce_forward(module.config, given.get("anchor_doc_ids"), given.get("attention_mask"))
     positions = None if name != CONTINUOUS or _inner_does_it(module) else continued(module, given)
     if positions is None:
         return None

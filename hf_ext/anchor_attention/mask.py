@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.masking_utils import sdpa_mask
 
 from hf_ext import compat
-from hf_ext.anchor_attention.frame import forward_of, open_frame
+from hf_ext.anchor_attention.frame import Forward, forward_of, open_frame
 from hf_ext.anchor_attention.support import (
     BEHIND_A_CACHE,
     CONTINUOUS,
@@ -129,9 +129,7 @@ def anchor_mask(
             if looks_ahead:
                 raise AnchorUnsupportedError(refusal(model, LOOKS_AHEAD, name))
             looks_ahead = None
-        if attention_mask is not None:
-            attention_mask = attention_mask.bool()
-        return AnchorMask(attention_mask, local_size, model, name, looks_ahead, documents)
+        return AnchorMask(_padding(attention_mask, forward), local_size, model, name, looks_ahead, documents)
     if documents is not None:
         raise AnchorUnsupportedError(refusal(model, BEHIND_A_CACHE, name))
     return sdpa_mask(
@@ -144,6 +142,15 @@ def anchor_mask(
         config=config,
         **arguments,
     )
+
+
+def _padding(attention_mask: Tensor | None, forward: Forward | None) -> Tensor | None:
+    """The model's own 2-D mask where the host hands over a copy of it, so that all calls share one segment table."""
+    if attention_mask is None:
+        return None
+    own = None if forward is None else forward.padding
+    same = own is not None and (own.shape, own.device) == (attention_mask.shape, attention_mask.device)
+    return own if same else attention_mask.bool()
 
 
 def _looks_ahead(mask_function: Any, batch_size: int, length: int, device: Any) -> Tensor | None:
