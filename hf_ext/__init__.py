@@ -14,8 +14,9 @@ TYPE_CHECKING = False  # importing typing would cost more than this whole packag
 if TYPE_CHECKING:
     from typing import Any
 
-    from hf_ext import anchor_attention
+    from hf_ext import anchor_attention, bone_adapter
     from hf_ext.anchor_attention import AnchorCollator, AnchorPacking
+    from hf_ext.bone_adapter import BoneConfig, BoneLinear, BoneModel
     from hf_ext.registry import RegistrationError, register, status, unregister
 
 __version__ = "0.1.0"
@@ -23,8 +24,12 @@ __version__ = "0.1.0"
 __all__ = [
     "AnchorCollator",
     "AnchorPacking",
+    "BoneConfig",
+    "BoneLinear",
+    "BoneModel",
     "RegistrationError",
     "anchor_attention",
+    "bone_adapter",
     "register",
     "status",
     "unregister",
@@ -33,12 +38,15 @@ __all__ = [
 _HOME = {
     "AnchorCollator": "hf_ext.anchor_attention",
     "AnchorPacking": "hf_ext.anchor_attention",
+    "BoneConfig": "hf_ext.bone_adapter",
+    "BoneLinear": "hf_ext.bone_adapter",
+    "BoneModel": "hf_ext.bone_adapter",
     "RegistrationError": "hf_ext.registry",
     "register": "hf_ext.registry",
     "status": "hf_ext.registry",
     "unregister": "hf_ext.registry",
 }
-_PACKAGES = ("anchor_attention",)
+_PACKAGES = ("anchor_attention", "bone_adapter")
 
 
 def __getattr__(name: str) -> Any:

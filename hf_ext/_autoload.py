@@ -23,6 +23,7 @@ ModuleType = type(sys)
 HOOKS: dict[str, tuple[str, str]] = {
     "torchvision._meta_registrations": ("before", "torchvision"),
     "transformers.modeling_utils": ("after", "transformers"),
+    "peft.tuners": ("after", "peft"),
 }
 
 OFF = ("off", None)

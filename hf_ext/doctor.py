@@ -90,7 +90,7 @@ def _hosts(autoload: ModuleType | None, failed: dict[str, BaseException]) -> tup
         library = row.module.partition(".")[0]
         installed, tested, _ = compat.supported(library)
         state, reason = autoload.STATE.get(row.module, ("off", None)) if autoload else ("off", None)
-        error = failed.get(row.module)
+        error = _root_cause(failed.get(row.module))
         if installed is None:
             state, reason = "waiting", f"{library} is not installed"
         elif error is not None and _autoload.switched_off() and "torchvision::nms" in str(error):
@@ -112,6 +112,13 @@ def _hosts(autoload: ModuleType | None, failed: dict[str, BaseException]) -> tup
     if "torch" in failed:
         problems.insert(0, f"import torch failed: {failed['torch']!r}. Reinstall torch.")
     return hosts, problems
+
+
+def _root_cause(error: BaseException | None) -> BaseException | None:
+    """transformers' lazy imports wrap what went wrong in a text that does not say it."""
+    while error is not None and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 # --- around it

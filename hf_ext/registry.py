@@ -44,6 +44,14 @@ TABLE = (
         add="hf_ext.anchor_attention.register:add",
         remove="hf_ext.anchor_attention.register:remove",
     ),
+    Row(
+        host="peft",
+        module="peft.tuners",
+        when="after",
+        names=("BONE",),
+        add="hf_ext.bone_adapter.register:add",
+        remove="hf_ext.bone_adapter.register:remove",
+    ),
 )
 
 

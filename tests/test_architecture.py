@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 METHODS = {"anchor_attention", "bone_adapter", "ofq_quantizer", "mcq_bias", "importance_weights"}
-OTHER_PACKAGES = {"bench", "demo"}
+OTHER_PACKAGES = {"bench", "compat", "demo"}
 PRESENT = sorted(method for method in METHODS if (ROOT / method).is_dir())
 
 HOSTS = {"transformers", "peft", "timm", "evaluate", "datasets", "accelerate", "torchvision"}
@@ -26,6 +26,7 @@ HEAVY = {"torch", "numpy", "numba", "rich", "typer", *HOSTS}
 PURE = {
     *("reference", "ops", "kernels", "segments", "engines"),
     *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice", "frame", "positions", "models"),
+    "affine",
 }
 
 
@@ -35,6 +36,7 @@ def files(*patterns):
 
 
 METHOD_FILES = files(*(f"{method}/.*" for method in METHODS))
+COMPAT_FILES = files("compat/.*")
 PURE_FILES = files(*(f"({'|'.join(METHODS)})/{stem}.py" for stem in PURE))
 
 
@@ -131,10 +133,11 @@ def test_reference_leans_on_nothing_of_ours(method):
     assert not own(imports(f"{method}/reference.py"))
 
 
-def test_compat_imports_nothing_of_ours_and_hosts_in_functions_only():
-    assert not own(imports("compat.py"))
-    assert "hf_ext" not in imports("compat.py")
-    assert not tops(imports("compat.py", everywhere=False)) & HEAVY
+@pytest.mark.parametrize("name", COMPAT_FILES)
+def test_compat_imports_nothing_else_of_ours_and_hosts_in_functions_only(name):
+    assert own(imports(name)) <= {"compat"}
+    assert "hf_ext" not in imports(name)
+    assert not tops(imports(name, everywhere=False)) & HEAVY
 
 
 def test_autoload_imports_only_a_few_modules_of_the_standard_library():
@@ -172,7 +175,7 @@ VERSION_HELPERS = r"packaging\b.*|importlib\.metadata\.version|.*\bis_\w*(versio
 VERSIONS = r"__version__|version_info|metadata\.version|torch\.version"
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "compat.py"])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in COMPAT_FILES])
 def test_version_checks_are_in_compat_only(name):
     assert not [target for target in imports(name) if re.fullmatch(VERSION_HELPERS, target)]
     decisions = (ast.Compare, ast.If, ast.IfExp, ast.BoolOp)
@@ -180,7 +183,7 @@ def test_version_checks_are_in_compat_only(name):
     assert not [text for text in map(ast.unparse, tests) if re.search(VERSIONS, text)]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name != "compat.py" and not name.startswith("bench/")])
+@pytest.mark.parametrize("name", [name for name in FILES if name not in COMPAT_FILES and not name.startswith("bench/")])
 def test_versions_are_read_in_compat_only(name):
     """Benchmarks may, since they write down what they ran on."""
     assert not [call for call in calls(name) if re.search(r"metadata\.version$|parse_version$", call)]

@@ -334,7 +334,7 @@ def test_fault_is_one_warning_with_its_cause(house, tmp_path, fault, lead):
     assert "Traceback" not in process.stderr
 
 
-@pytest.mark.parametrize("module", ["registry", "compat"])
+@pytest.mark.parametrize("module", ["registry", "compat/__init__", "compat/peft"])
 def test_foundation_that_does_not_compile_is_one_warning(house, tmp_path, module):
     append(tmp_path / f"hf_ext/{module}.py", "\ndef nothing(:\n")
     edit_host(tmp_path, "torchvision._meta_registrations", "import torch\n")
@@ -393,6 +393,7 @@ USABLE = {
     "torchvision": "__import__('torchvision').__version__",
     "transformers": "all(name in table for name in ('anchor', 'anchor_continuous')"
     " for table in (modeling.ALL_ATTENTION_FUNCTIONS, masking.ALL_MASK_ATTENTION_FUNCTIONS))",
+    "peft": "__import__('peft').get_peft_config({'peft_type': 'BONE'}).peft_type.value == 'BONE'",
 }
 CHECK = f"""
 {TRACES}

@@ -57,10 +57,11 @@ def compare(
     peer_name: str,
     repeats: int,
     at_least: float | None = None,
+    at_most: float | None = None,
     **rest: Any,
 ) -> Row:
-    """A row of CPU times, met when peer / ours is `at_least` that. `rest` are fields of the row."""
-    return _judged(what, peer_name, paired(ours, peer, repeats), at_least, **rest)
+    """A row of CPU times, met when peer / ours is `at_least` that, or ours / peer `at_most`; `rest`: fields of it."""
+    return _judged(what, peer_name, paired(ours, peer, repeats), at_least, at_most, **rest)
 
 
 def compare_cuda(
@@ -71,13 +72,14 @@ def compare_cuda(
     peer_name: str,
     repeats: int = 10,
     at_least: float | None = None,
+    at_most: float | None = None,
     **rest: Any,
 ) -> Row:
     """A row of times on the current CUDA device, by CUDA events; run in turn after one warm-up each."""
     ours(), peer()
     pairs = [(cuda_seconds(ours), cuda_seconds(peer)) for _ in range(repeats)]
     a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return _judged(what, peer_name, (a, b, statistics.median(y / x for x, y in pairs)), at_least, **rest)
+    return _judged(what, peer_name, (a, b, statistics.median(y / x for x, y in pairs)), at_least, at_most, **rest)
 
 
 def cuda_seconds(function: Callable[[], object]) -> float:
@@ -91,10 +93,19 @@ def cuda_seconds(function: Callable[[], object]) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
-def _judged(what: str, peer_name: str, times: tuple[float, float, float], at_least: float | None, **rest: Any) -> Row:
-    if at_least is None:
-        return Row(what, peer_name, *times, **rest)
-    return Row(what, peer_name, *times, target=f">= {at_least:.2f} x", met=times[2] >= at_least, **rest)
+def _judged(
+    what: str,
+    peer_name: str,
+    times: tuple[float, float, float],
+    at_least: float | None,
+    at_most: float | None,
+    **rest: Any,
+) -> Row:
+    if at_most is not None:
+        return Row(what, peer_name, *times, target=f"ours <= {at_most:.2f} x", met=times[2] >= 1 / at_most, **rest)
+    if at_least is not None:
+        return Row(what, peer_name, *times, target=f">= {at_least:.2f} x", met=times[2] >= at_least, **rest)
+    return Row(what, peer_name, *times, **rest)
 
 
 def machine() -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""Adapter directories: read with clear errors, written whole or not at all, and the oddities of old files."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
+from torch import Tensor
+
+PREFIX = "base_model.model."  # of every key in a file
+BLOCK = "bone_block"
+
+_SHARED = (
+    *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+)
+
+
+def shared_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What every method of PEFT that adapts layers calls by the same name.
+
+    A converted file gets these and its own method's keys only, so that the oldest PEFT with that method can read it.
+    """
+    return {name: config[name] for name in _SHARED if name in config}
+
+
+def form_of(init_weights: Any) -> str:
+    """The form that a config's `init_weights` stands for: "tile", "bat" or "bat_row".
+
+    Raises:
+        ValueError: it stands for none.
+    """
+    if isinstance(init_weights, bool):
+        return "tile"
+    if init_weights in ("bat", "bat_row"):
+        return init_weights
+    near = get_close_matches(str(init_weights).lower(), ("true", "false", "bat", "bat_row"), n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ValueError(f'init_weights: found {init_weights!r}, expected true, false, "bat" or "bat_row"{hint}')
+
+
+# --- a directory
+
+
+def read_directory(directory: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(config, tensors by name, on the CPU) of an adapter directory, whatever its method.
+
+    The weights are `adapter_model.safetensors`, or the older `adapter_model.bin`, of which only tensors are unpickled.
+
+    Raises:
+        ValueError: no such directory; a file of it is missing, truncated, or something else than it should be.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(
+            f"{directory} is not a directory; fetch an adapter from the hub with huggingface_hub.snapshot_download"
+        )
+    return _read_config(directory), _read_tensors(directory)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {CONFIG_NAME}: it is not the directory of an adapter")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
+    return config
+
+
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    names = [name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (directory / name).is_file()]
+    if not names:
+        raise ValueError(f"{directory} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}")
+    path = directory / names[0]
+    try:
+        tensors = load_peft_weights(str(directory), device="cpu")
+    except Exception as error:  # each format has errors of its own, and bytes that are not its format have any
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) cannot be read, it is truncated or no file of this kind; "
+            f"fetch it again: {error}"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path} holds something else than tensors by name")
+    return tensors
+
+
+def write_directory(output_dir: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter directory under a temporary name beside `output_dir`, then rename it: all of it or nothing.
+
+    Raises:
+        ValueError: there is something at `output_dir` already.
+    """
+    output_dir = Path(output_dir).resolve()
+    require_free(output_dir)
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = output_dir.with_name(f".{output_dir.name}.{uuid4().hex}")
+    try:
+        partial.mkdir()
+        text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets of names
+        (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
+        owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(owned, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        if output_dir.exists():
+            output_dir.rmdir()
+        partial.rename(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def require_free(output_dir: str | Path) -> None:
+    """Raise unless `output_dir` does not exist, or is an empty directory.
+
+    Raises:
+        ValueError: naming it.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(f"{output_dir} exists already; name a new or an empty directory, nothing is overwritten")
+
+
+# --- its tensors
+
+
+def split_foreign(state_dict: Mapping[str, Tensor], block: str = BLOCK) -> tuple[dict[str, Tensor], list[str]]:
+    """(own tensors, names of foreign ones): `<path>.bone_block.<name>` belongs to another adapter, called <name>.
+
+    PEFT up to 0.18 wrote the tensors of every adapter of a model into the file of each.
+    """
+    foreign = {name: tensor for name, tensor in state_dict.items() if re.search(rf"\.{block}\.[^.]+$", name)}
+    return {name: tensor for name, tensor in state_dict.items() if name not in foreign}, list(foreign)
+
+
+def path_of(name: str) -> str:
+    """The path, in the base model, of the layer that a block belongs to."""
+    return name.removeprefix(PREFIX).removesuffix(f".{BLOCK}")
+
+
+def blocks_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's own `bone_block` tensors."""
+    return {name: tensor for name, tensor in state_dict.items() if name.endswith(f".{BLOCK}")}
+
+
+def is_development_file(init_weights: Any, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a file was written in November 2024, when `init_weights: true` still meant the bat form."""
+    blocks = blocks_of(state_dict)
+    return isinstance(init_weights, bool) and bool(blocks) and all(block.ndim == 3 for block in blocks.values())
+
+
+def tensor_problems(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | str]]) -> list[str]:
+    """What is wrong with these tensors, a line each: NaN and infinity, integers, a wrong shape.
+
+    Args:
+        state_dict: tensors by name. Those without an entry in `expected` are checked for NaN and infinity only.
+        expected: shapes by name. A str in a shape stands for any size of at least 1, and says which.
+    """
+    problems = []
+    for name, tensor in state_dict.items():
+        shape = expected.get(name)
+        if shape is not None and not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            problems.append(f"{name}: found {dtype}, expected floating-point numbers")
+        if broken := _non_finite(tensor):
+            problems.append(
+                f"{name}: found NaN or infinity in {broken} of {tensor.numel()} values, expected finite ones"
+            )
+        if shape is not None and not _fits(tensor.shape, shape):
+            hint = " (it is transposed)" if _fits(tensor.shape[::-1], shape) else ""
+            problems.append(f"{name}: found shape {shown(tensor.shape)}, expected {shown(shape)}{hint}")
+    return problems
+
+
+def shown(shape: Sequence[int | str]) -> str:
+    """A shape in words."""
+    return f"({', '.join(map(str, shape))})"
+
+
+def _non_finite(tensor: Tensor) -> int:
+    if not tensor.is_floating_point():
+        return 0
+    # Eight-bit floats are stored but hardly computed with.
+    return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())
+
+
+def _fits(found: Sequence[int], expected: Sequence[int | str]) -> bool:
+    pairs = zip(found, expected, strict=False)
+    return len(found) == len(expected) and all(n >= 1 if isinstance(m, str) else n == m for n, m in pairs)

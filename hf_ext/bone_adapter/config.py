@@ -1,0 +1,97 @@
+"""What a Bone adapter is: its size, its form, and where it goes."""
+
+from dataclasses import InitVar, dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from peft.config import PeftConfig
+
+from hf_ext import compat
+
+INIT_WEIGHTS = (True, False, "bat", "bat_row")
+BIAS = ("none", "all", "bone_only")
+
+
+@dataclass
+class BoneConfig(PeftConfig):
+    """Configuration of a `BoneModel` (arXiv 2409.15371); written as `"peft_type": "BONE"`.
+
+    Args:
+        r: block size, which is also the rank of the tile form. Any value for the tile form; for "bat" and "bat_row" it
+            has to divide in_features and out_features of every target.
+        target_modules: names, or the end of names, of the layers to adapt; a string is a regular expression, and
+            "all-linear" means all but the output layer. None: PEFT's choice for LoRA by model type.
+        exclude_modules: names, or a regular expression, of layers to leave alone.
+        init_weights: the form, and how it starts. True: tile form ("Bone" from version 4 of the paper on), zeros.
+            False: tile form, Kaiming-uniform, so that the adapter changes the model from the start (for tests).
+            "bat": block-affine, one block per block of outputs (versions 1 to 3 of the paper; "Bat-Col" there), zeros.
+            "bat_row": block-affine, one block per block of inputs ("Bat-Row"), zeros.
+        bias: which biases are trained and saved: "none", "all" of the model, or "bone_only", those of the targets.
+        layers_to_transform: indices of the layers that are adapted; needs a list of target_modules.
+        layers_pattern: name of the list that holds those layers, where PEFT does not find it by itself.
+        modules_to_save: other modules that are trained and saved whole, such as a new head.
+        target_parameters: always refused; Bone adapts layers, not bare parameters such as fused experts.
+
+    There is no alpha, no dropout and no scaling in this method.
+
+    Raises:
+        ValueError: naming the value, what is allowed and the nearest match.
+    """
+
+    r: int = 64
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | Literal["bat", "bat_row"] = True
+    bias: Literal["none", "all", "bone_only"] = "none"
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    # Not a field, so that it never reaches a file; the host itself sets the attribute for models with fused experts.
+    target_parameters: InitVar[Any] = None
+
+    def __post_init__(self, target_parameters: Any) -> None:
+        super().__post_init__()
+        self.peft_type = compat.peft_type("BONE")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))
+        self._check_values()
+        self._check_combinations(target_parameters)
+
+    @property
+    def form(self) -> Literal["tile", "bat", "bat_row"]:
+        """Which of the three update rules the blocks follow."""
+        return "tile" if isinstance(self.init_weights, bool) else self.init_weights
+
+    def _check_values(self) -> None:
+        if not (type(self.r) is int and self.r >= 1):
+            raise ValueError(f"r must be an integer of at least 1, not {self.r!r}")
+        # By type as well: 1 == True, and a file that says 1 was not written by PEFT.
+        if not any(type(self.init_weights) is type(value) and self.init_weights == value for value in INIT_WEIGHTS):
+            raise ValueError(
+                f"init_weights={self.init_weights!r} is none of {_listed(self.init_weights, INIT_WEIGHTS)}"
+            )
+        if self.bias not in BIAS:
+            raise ValueError(f"bias={self.bias!r} is none of {_listed(self.bias, BIAS)}")
+
+    def _check_combinations(self, target_parameters: Any) -> None:
+        if target_parameters:
+            raise ValueError(
+                f"target_parameters={target_parameters!r}: Bone adapts linear layers, not bare parameters such as the "
+                "3-D weights of fused experts. Name linear layers in target_modules, or use LoRA for these parameters."
+            )
+        for name in ("layers_to_transform", "layers_pattern"):
+            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs a list of target_modules; the regular expression "
+                    f"{self.target_modules!r} can say itself which layers it means."
+                )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform.")
+
+
+def _listed(value: Any, allowed: tuple[Any, ...]) -> str:
+    """The allowed values, and the one that was probably meant."""
+    near = get_close_matches(str(value).lower(), [str(known).lower() for known in allowed], n=1, cutoff=0.5)
+    meant = next((known for known in allowed if near and str(known).lower() == near[0]), None)
+    return ", ".join(map(repr, allowed)) + (f"; did you mean {meant!r}?" if near else "")
