@@ -696,6 +696,26 @@ def spacing(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.finfo(dtype).eps * 2.0 ** torch.floor(torch.log2(x.abs().clamp(min=smallest)))
 
 
+@pytest.mark.parametrize("init_weights", [True, "bat"], ids=str)
+def test_nothing_is_remembered_after_unmerging(init_weights):
+    """A base weight that changed since is the one that is merged into and restored."""
+    base = Net()
+    model = adapted(base, default=config(init_weights))
+    model.merge_adapter()
+    model.unmerge_adapter()
+    for net in (base, model):
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                if name.endswith("weight"):
+                    parameter.mul_(2)
+    expected = merged(base, model, ["default"])
+    model.merge_adapter()
+    for path, layer in layers(model):
+        torch.testing.assert_close(layer.get_base_layer().weight, expected.get_submodule(path).weight, **CLOSE)
+    model.unmerge_adapter()
+    assert snapshot(model) == snapshot(base)
+
+
 @pytest.mark.parametrize("unlike", [True, False], ids=["r-above-in", "cut-tile"])
 def test_merge_of_a_tile_that_does_not_divide(unlike):
     base = Net()
@@ -1237,6 +1257,17 @@ def test_low_cpu_mem_usage_keeps_the_bits_of_the_file(tmp_path, init_weights):
             assert raw(block) == raw(kept[f"base_model.model.{path}.bone_block"])
         back.load_adapter(tmp_path, "second", low_cpu_mem_usage=low)
         assert raw(back.base_model.model.one.bone_block["second"]) == raw(kept["base_model.model.one.bone_block"])
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low"])
+def test_a_loaded_adapter_in_the_dtype_of_the_base(tmp_path, low_cpu_mem_usage):
+    base = Net(torch.bfloat16)
+    adapted(base, default=config("bat")).save_pretrained(tmp_path)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": False}
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, **options)
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    for path, layer in layers(model):
+        assert raw(layer.bone_block["default"]) == raw(kept[f"base_model.model.{path}.bone_block"].bfloat16())
 
 
 # ---------------------------------------------------------------- refusals at the time of wrapping

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_ext.bone_adapter.base import BaseModel, features, may_be_target, open_base, targets
 from hf_ext.bone_adapter.checkpoint import (
+    BIAS,
     BLOCK,
     PREFIX,
     blocks_of,
@@ -23,8 +24,6 @@ from hf_ext.bone_adapter.checkpoint import (
 from hf_ext.bone_adapter.ops import block_shape
 
 Shape = tuple[int | str, ...]
-
-BIAS = ("none", "all", "bone_only")
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 
 PREFIX = "base_model.model."  # of every key in a file
 BLOCK = "bone_block"
+BIAS = ("none", "all", "bone_only")
 
 _SHARED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),

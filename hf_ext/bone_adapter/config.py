@@ -7,9 +7,9 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from hf_ext import compat
+from hf_ext.bone_adapter.checkpoint import BIAS, form_of
 
 INIT_WEIGHTS = (True, False, "bat", "bat_row")
-BIAS = ("none", "all", "bone_only")
 
 
 @dataclass
@@ -61,7 +61,7 @@ class BoneConfig(PeftConfig):
     @property
     def form(self) -> Literal["tile", "bat", "bat_row"]:
         """Which of the three update rules the blocks follow."""
-        return "tile" if isinstance(self.init_weights, bool) else self.init_weights
+        return form_of(self.init_weights)
 
     def _check_values(self) -> None:
         if not (type(self.r) is int and self.r >= 1):

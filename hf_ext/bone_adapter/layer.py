@@ -139,7 +139,7 @@ class BoneLinear(nn.Module, BoneLayer):
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Tile and row form work on activations around the layer below; "bat" needs everything below it as a weight."""
         steps = [(self.bone_form[name], self.bone_block[name]) for name in names if name in self.bone_block]
-        on_weight = max((i + 1 for i, (form, _) in enumerate(steps) if form == "bat"), default=0)
+        on_weight = max([0, *(i + 1 for i, (form, _) in enumerate(steps) if form == "bat")])
         later = []
         for form, block in reversed(steps[on_weight:]):
             if form == "tile":
@@ -221,6 +221,8 @@ class BoneLinear(nn.Module, BoneLayer):
                 f"{backend.backend_name} layers cannot be merged into: their weight cannot be read or written back. "
                 "Serve the adapter unmerged, or merge it into the unquantised model."
             )
+        if backend is None:
+            compat.drop_gathered_copies(base)
         self._require_whole_weight("merging reads and writes the weight of the layer")
         if backend is None and not compat.is_plain(base.weight):
             raise ValueError(

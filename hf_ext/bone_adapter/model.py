@@ -7,7 +7,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -156,6 +156,8 @@ class BoneModel(BaseTuner):
             if isinstance(module, (BoneLayer, AuxiliaryTrainingWrapper)):
                 # Beam search repeats every row for its beams, but not before the encoder.
                 of_rows = list(names) if module in unrepeated else [name for name in names for _ in range(beams)]
+                if isinstance(module, ModulesToSaveWrapper):  # where an adapter has no copy, the base's own serves
+                    of_rows = [name if name in module.modules_to_save else "__base__" for name in of_rows]
                 hook = partial(_pass_adapter_names, of_rows)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
@@ -211,8 +213,8 @@ class BoneModel(BaseTuner):
                     layer.check_merge()
                     if safe_merge:
                         layer.merged_weight([*layer.merged_adapters, *new] if layer.keeps_base else new, safe_merge)
-                except ValueError as error:
-                    raise ValueError(f"{error} ({path}; no weight of the model was changed)") from error
+                except (ValueError, RuntimeError) as error:
+                    raise type(error)(f"{error} ({path}; no weight of the model was changed)") from error
 
     def _refuse_tied(self, path: str, layer: BoneLayer) -> None:
         weight = getattr(layer.get_base_layer(), "weight", None)  # HQQ and GPTQ have their parts under other names

@@ -39,6 +39,7 @@ from hf_ext.compat.peft import (
 from hf_ext.compat.torch import (
     add_torchvision_schemas,
     context_parallelism_is_on,
+    drop_gathered_copies,
     recording_inside_an_operator,
     remove_torchvision_schemas,
     tf32_on,

@@ -58,3 +58,14 @@ def tf32_on(device: Any) -> bool:
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     return device.type == "cuda" and (matmul.allow_tf32 if precision is None else precision == "tf32")
+
+
+# --- torch: FSDP2, which keeps the gathered weights of its root group, and of others on request, after a forward. What
+# --- is written into such a copy is lost; it cannot be told from a weight that is whole. Its state-dict hook drops it.
+
+
+def drop_gathered_copies(module: Any) -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        module.state_dict(keep_vars=True)
