@@ -18,6 +18,8 @@ os.environ |= {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from ranks import both  # noqa: E402, F401
+from sixty_words import tokenizer  # noqa: E402, F401
 
 import hf_ext  # noqa: E402, F401
 

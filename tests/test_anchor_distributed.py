@@ -1,12 +1,6 @@
 """Two processes under gloo, against stock attention in one process that is given the whole batch and the mask."""
 
-import os
-import pickle
-import socket
-import traceback
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +11,7 @@ import torch.distributed.nn.functional as differentiable
 from accelerate.big_modeling import _attach_context_parallel_hooks
 from anchor_models import ROWS, SHAPE, build, check_text, config_of, gradients_of, results, stock_mask
 from anchor_oracle import assert_equal
+from ranks import RANKS, whole
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,54 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_ext import compat
 from hf_ext.anchor_attention import AnchorUnsupportedError
 
-RANKS = 2
 LENGTH = ROWS.input_ids.shape[1]
 BATCH = ROWS.batch()
-
-# ---------------------------------------------------------------- the processes
-
-
-def serve(rank: int, port: int, calls: Connection) -> None:
-    """Does what comes through the pipe, and sends back (result, None) or (None, traceback)."""
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in names.items()}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    while (call := calls.recv()) is not None:
-        job, arguments = call
-        try:
-            answer = job(rank, *arguments), None
-        except Exception:
-            answer = None, traceback.format_exc()
-        calls.send(pickle.dumps(answer))  # by value; tensors in a pipe of their own accord share memory
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def both() -> Iterator[Callable[..., list[Any]]]:
-    """`both(job, ...)`: what `job(rank, ...)` returns in each of two processes, which serve all tests of this file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = get_context("spawn")
-    pipes = [context.Pipe() for _ in range(RANKS)]
-    workers = [context.Process(target=serve, args=(i, port, end)) for i, (_, end) in enumerate(pipes)]
-    for worker in workers:
-        worker.start()
-
-    def ask(job: Callable[..., Any], *arguments: Any) -> list[Any]:
-        for pipe, _ in pipes:
-            pipe.send((job, arguments))
-        answers = [pickle.loads(pipe.recv()) for pipe, _ in pipes]
-        for rank, (_, trouble) in enumerate(answers):
-            assert trouble is None, f"process {rank}: {trouble}"
-        return [result for result, _ in answers]
-
-    yield ask
-    for (pipe, _), worker in zip(pipes, workers, strict=True):
-        pipe.send(None)
-        worker.join(20)
-        worker.kill()
 
 
 def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
@@ -90,10 +39,6 @@ def refused(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
 
 def row(rank: int) -> dict[str, Tensor]:
     return {name: x[rank : rank + 1] for name, x in BATCH.items()}
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def trained(model: Any, parallel: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from anchor_models import VOCABULARY, build, config_of
 from anchor_oracle import assert_equal
 from peft import BoneConfig, PeftModel, get_peft_model
-from test_anchor_distributed import RANKS, both, whole  # noqa: F401
+from ranks import RANKS, whole
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -99,7 +99,7 @@ def under_fsdp(rank: int, form: str, reentrant: bool | None) -> dict[str, Tensor
     [(under_ddp, None), (under_ddp, True), (under_ddp, False), (under_fsdp, None), (under_fsdp, False)],
     ids=["ddp", "ddp_reentrant", "ddp_checkpointing", "fsdp2", "fsdp2_checkpointing"],
 )
-def test_gradients_are_those_of_the_whole_batch(both, job, reentrant, form):  # noqa: F811
+def test_gradients_are_those_of_the_whole_batch(both, job, reentrant, form):
     model = adapted(form)
     expected = step(model, model, IDS)
     answers = both(job, form, reentrant)
@@ -121,7 +121,7 @@ def in_low_precision(rank: int, form: str, options: dict[str, Any]) -> dict[str,
     [{}, {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}],
     ids=["bf16_base", "bf16_policy"],
 )
-def test_fsdp2_with_parameters_of_two_precisions(both, form, options):  # noqa: F811
+def test_fsdp2_with_parameters_of_two_precisions(both, form, options):
     """Blocks in float32 beside a base in bfloat16, as PEFT makes them; and what mixed precision makes of float32."""
 
     def alone(rank: int) -> dict[str, Tensor]:
@@ -164,7 +164,7 @@ def merged_under_fsdp(
     [({}, []), ({}, ["lm_head"]), ({"reshard_after_forward": False}, [])],
     ids=["sharded", "root", "kept_whole"],
 )
-def test_merging_under_fsdp2_is_refused_and_changes_nothing(both, form, call, options, targets):  # noqa: F811
+def test_merging_under_fsdp2_is_refused_and_changes_nothing(both, form, call, options, targets):
     for said, merged, (before, after) in both(merged_under_fsdp, form, call, options, targets):
         assert "sharded over processes" in said
         assert merged == []
@@ -206,7 +206,7 @@ def saved_from_accelerate(rank: int, form: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("job", [saved_from_fsdp, saved_from_accelerate], ids=["fsdp2", "accelerate_ddp"])
-def test_what_two_processes_trained_is_what_one_loads(both, tmp_path, job, form):  # noqa: F811
+def test_what_two_processes_trained_is_what_one_loads(both, tmp_path, job, form):
     model = adapted(form)
     updates(model, torch.optim.AdamW(trained(model).values(), **OPTIMIZER), IDS)
     both(job, form, tmp_path)

@@ -17,7 +17,7 @@ from anchor_oracle import assert_equal
 from peft import AutoPeftModelForCausalLM, BoneConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from processes import answer, run_python
 from safetensors.torch import load_file
-from test_real_loops import TEXTS, tokenizer  # noqa: F401
+from sixty_words import TEXTS
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -268,7 +268,7 @@ SFT = """
 """
 
 
-def test_trl_in_a_process_that_never_heard_of_us(tmp_path, tokenizer):  # noqa: F811
+def test_trl_in_a_process_that_never_heard_of_us(tmp_path, tokenizer):
     pytest.importorskip("trl")
     stock = base()
     stock.config.eos_token_id = 2
@@ -332,7 +332,7 @@ HOST = """
 
 @native  # which takes no two forms on one layer
 @pytest.mark.smoke
-def test_transformers_loads_and_switches_adapters_in_a_process_that_never_heard_of_us(tmp_path, tokenizer):  # noqa: F811
+def test_transformers_loads_and_switches_adapters_in_a_process_that_never_heard_of_us(tmp_path, tokenizer):
     base().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     torch.save(IDS, tmp_path / "ids.pt")
@@ -419,7 +419,7 @@ def test_switched_off_the_host_fails_as_without_us(tmp_path):
     assert answer(done) == ["'BONE'", False, False]
 
 
-def test_lm_eval_scores_an_adapter_folder(tmp_path, tokenizer):  # noqa: F811
+def test_lm_eval_scores_an_adapter_folder(tmp_path, tokenizer):
     lm_eval = pytest.importorskip("lm_eval.models.huggingface")
     base().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

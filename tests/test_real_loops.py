@@ -14,11 +14,10 @@ from accelerate import Accelerator
 from anchor_models import ANCHOR, additive, build, config_of
 from anchor_oracle import assert_equal, visible_segments
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from sixty_words import TEXTS, WORDS
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollatorWithFlattening,
-    PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -26,8 +25,6 @@ from transformers import (
 
 from hf_ext import AnchorCollator, AnchorPacking
 
-WORDS = [f"w{i}" for i in range(60)]
-TEXTS = [" ".join(WORDS[(7 * i + 3 * j) % 60] for j in range(2 + 5 * i % 13)) for i in range(24)]
 DOCUMENTS = [[ANCHOR, *(4 + WORDS.index(word) for word in text.split())] for text in TEXTS]
 QUIET = pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
 LOSS = torch.nn.functional.cross_entropy
@@ -107,16 +104,6 @@ def test_accelerate_loop_with_packed_rows():
 
 
 # ---------------------------------------------------------------- TRL
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<s>": ANCHOR, "</s>": 2, "<unk>": 3} | {word: 4 + i for i, word in enumerate(WORDS)}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", ANCHOR)])
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
 
 
 class Trained:
