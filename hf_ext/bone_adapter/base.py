@@ -157,7 +157,8 @@ def weight_of(layer: nn.Module) -> Tensor:
         RuntimeError: it is not whole in this process.
     """
     base = without_adapters(layer)
-    compat.require_whole_weight(base.weight, "the block-affine form is computed from the weight of the layer")
+    why = "The change of a block-affine form follows from the weight of the layer"
+    compat.require_whole_weight(base.weight, why, "Export where the model is whole")
     quantised = getattr(layer, "quantization_backend", None) is not None
     weight = compat.dequantized(layer) if quantised else base.weight.detach()
     if not weight.is_floating_point():

@@ -153,13 +153,13 @@ class BoneLinear(nn.Module, BoneLayer):
             if x.requires_grad and torch.is_grad_enabled():
                 compat.require_readable(self.get_base_layer(), "gradients have to pass through this layer")
             y = self.base_layer(x, *args, **kwargs)
-        for inputs, block in reversed(later):
+        for inputs, block in later:
             y = ops.add_tiled(y, inputs) if block is None else ops.tile_forward(y, inputs, block)
         return y
 
     def _on_weight(self, x: Tensor, steps: list[tuple[str, Tensor]]) -> Tensor:
         base = self.get_base_layer()
-        self._require_whole_weight("the block-affine form reads the weight of the layer")
+        self._require_whole_weight("The bat form reads the weight of the layer", "Use the tile or row form")
         if self.quantization_backend is not None:
             return ops.affine_linear(x, self._weight_now, base.bias, steps)
         return ops.affine_linear(x, self._weight_now(), base.bias, steps)
@@ -223,7 +223,7 @@ class BoneLinear(nn.Module, BoneLayer):
             )
         if backend is None:
             compat.drop_gathered_copies(base)
-        self._require_whole_weight("merging reads and writes the weight of the layer")
+        self._require_whole_weight("Merging writes the weight of the layer", "Merge where the model is whole")
         if backend is None and not compat.is_plain(base.weight):
             raise ValueError(
                 f"{type(base).__name__} keeps its weight as {type(base.weight).__name__} of {base.weight.dtype}, which "
@@ -231,10 +231,10 @@ class BoneLinear(nn.Module, BoneLayer):
             )
         compat.require_readable(base, "merging reads the weight of the layer")
 
-    def _require_whole_weight(self, why: str) -> None:
+    def _require_whole_weight(self, why: str, instead: str) -> None:
         weight = getattr(self.get_base_layer(), "weight", None)
         if weight is not None:  # HQQ has its parts under other names
-            compat.require_whole_weight(weight, why)
+            compat.require_whole_weight(weight, why, instead)
 
     def merged_weight(self, names: Sequence[str], safe_merge: bool = False) -> Tensor:
         """The base weight `(out, in)` with `names` applied in their order, rounded once to its dtype.
@@ -259,7 +259,9 @@ class BoneLinear(nn.Module, BoneLayer):
         Raises:
             ValueError: safe_merge, and the result holds NaN or infinity (nothing is written); see `check_merge`.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.bone_block]
+        names = [
+            name for name in dict.fromkeys(check_adapters_to_merge(self, adapter_names)) if name in self.bone_block
+        ]
         if not names:
             return
         self.check_merge()
@@ -287,11 +289,19 @@ class BoneLinear(nn.Module, BoneLayer):
                 "rounding. keep_base_on_merge=True restores them exactly.",
                 stacklevel=2,
             )
-            weight = self._weight_now()
-            for name in reversed(self.merged_adapters):
-                weight = ops.restored_weight(self.bone_form[name], weight, self.bone_block[name].data)
-            self._write(weight)
+            self._write(self.inverse_weight())
         self._kept, self.merged_adapters = None, []
+
+    def inverse_weight(self) -> Tensor:
+        """The base weight `(out, in)` from the merged one, by the inverse of each form.
+
+        Raises:
+            ValueError: I + b has no inverse.
+        """
+        weight = self._weight_now()
+        for name in reversed(self.merged_adapters):
+            weight = ops.restored_weight(self.bone_form[name], weight, self.bone_block[name].data)
+        return weight
 
     def _unmerged_weight(self) -> Tensor:
         if self._kept is None:

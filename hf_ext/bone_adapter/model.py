@@ -38,6 +38,7 @@ class BoneModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        compat.resolve_all_linear(config, model)
         experts = compat.fused_experts(config, model)
         if experts:
             raise ValueError(
@@ -181,6 +182,17 @@ class BoneModel(BaseTuner):
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
+    def unmerge_adapter(self) -> None:
+        """Restore the base weights, all or none.
+
+        Raises:
+            ValueError: where the base weights were not kept, and the adapter of a layer has no inverse.
+        """
+        for layer in self._layers():
+            if layer.merged and not layer.keeps_base:
+                layer.inverse_weight()
+        super().unmerge_adapter()
+
     def _unload_and_optionally_merge(
         self,
         merge: bool = True,
@@ -198,6 +210,8 @@ class BoneModel(BaseTuner):
         return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def _check_merge(self, adapter_names: Sequence[str] | None, safe_merge: bool) -> None:
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         names = self.active_adapters if adapter_names is None else adapter_names
         if unknown := [name for name in names if name not in self.peft_config]:
             raise ValueError(f"No adapter {', '.join(unknown)} to merge; there are {', '.join(self.peft_config)}.")

@@ -1,6 +1,7 @@
 """Sums and products of adapters, as one new adapter."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -61,7 +62,11 @@ def plan(
         raise ValueError(
             f"One weight for each of at least one distinct adapter: got {list(adapters)}, {list(weights)}."
         )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"The weights have to be finite numbers: got {list(weights)}.")
     chosen = [configs[name] for name in adapters]
+    if lost := [name for name in adapters if configs[name].bias != "none" or configs[name].modules_to_save]:
+        warnings.warn(f"The biases and modules_to_save of {', '.join(lost)} are not combined.", stacklevel=3)
     form = _common_form(dict(zip(adapters, chosen, strict=True)))
     combination_type = combination_type or ("linear" if form == "tile" else "compose")
     _check_combination(combination_type, form)
@@ -75,7 +80,6 @@ def plan(
         layers_pattern=None,
         bias="none",
         modules_to_save=None,
-        inference_mode=True,
     )
     return Plan(config, dict(zip(adapters, weights, strict=True)), combination_type)
 

@@ -33,6 +33,7 @@ from hf_ext.compat.peft import (
     remove_peft_method,
     require_readable,
     require_whole_weight,
+    resolve_all_linear,
     restore_base,
     warn_of_lost_biases,
 )

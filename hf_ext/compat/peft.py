@@ -1,7 +1,7 @@
 """peft: its closed enum of methods, its quantised layers, and what differs from 0.19 to 0.21."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import copy
 from importlib import metadata
 from importlib.util import find_spec
@@ -147,7 +147,7 @@ def device_of(base_layer: Any) -> Any | None:
     return None if weight is None else weight.device
 
 
-def require_whole_weight(weight: Any, why: str) -> None:
+def require_whole_weight(weight: Any, why: str, instead: str) -> None:
     """Raise unless every value of `weight` is here, in this process.
 
     Raises:
@@ -156,11 +156,11 @@ def require_whole_weight(weight: Any, why: str) -> None:
     from torch.distributed.tensor import DTensor
 
     if hasattr(weight, "ds_id"):
-        raise RuntimeError(f"{why}, and DeepSpeed ZeRO-3 has partitioned it. Use ZeRO-2, or the tile or row form.")
+        raise RuntimeError(f"{why}, and DeepSpeed ZeRO-3 has partitioned it. {instead}, or use ZeRO-2.")
     if isinstance(weight, DTensor):
-        raise RuntimeError(f"{why}, and it is sharded over processes. Save the adapter and do this in one process.")
+        raise RuntimeError(f"{why}, and it is sharded over processes. {instead}: save the adapter for it.")
     if weight.is_meta:
-        raise RuntimeError(f"{why}, and it is offloaded. Load the model without offloading, or use the tile form.")
+        raise RuntimeError(f"{why}, and it is offloaded. {instead}, or load the model without offloading.")
 
 
 def is_plain(weight: Any) -> bool:
@@ -248,6 +248,21 @@ def restore_base(layer: Any, kept: Any) -> None:
         base.to(device)
 
 
+def resolve_all_linear(config: Any, model: Any) -> None:
+    """Write the linear layers of `model` in the place of "all-linear", before peft takes fused experts for some."""
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    if str(config.target_modules).lower() != "all-linear":
+        return
+    _maybe_include_all_linear_layers(config, model)
+    if experts := list(_stacked_parameters(model)):
+        warnings.warn(
+            f"all-linear: {len(experts)} parameters such as {experts[0]} are fused experts, not linear layers, and stay "
+            "as they are.",
+            stacklevel=3,
+        )
+
+
 def fused_experts(config: Any, model: Any) -> list[str]:
     """Parameters of fused experts that `config` means, by their own names or by those of the layers they were.
 
@@ -268,11 +283,15 @@ def fused_experts(config: Any, model: Any) -> list[str]:
         convert_peft_config_for_transformers(probe, model=model, conversions=get_model_conversion_mapping(model))
     found = set(probe.target_parameters or ())
     if config.target_modules is not None:
-        named = (name for name, parameter in model.named_parameters() if parameter.ndim == 3)
-        # A module's own weight is meant by the name of the module; blocks of an adapter are not there to be meant.
-        stacked = (name for name in named if not name.endswith(".weight") and ".bone_block." not in name)
-        found.update(name for name in stacked if check_target_module_exists(config, name))
+        found.update(name for name in _stacked_parameters(model) if check_target_module_exists(config, name))
     return sorted(found)
+
+
+def _stacked_parameters(model: Any) -> Iterator[str]:
+    """A module's own weight is meant by the name of the module; blocks of an adapter are not there to be meant."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 3 and not name.endswith(".weight") and ".bone_block." not in name:
+            yield name
 
 
 def warn_of_lost_biases(config: Any) -> None:
