@@ -3,17 +3,23 @@
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import textwrap
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 
-from hf_ext.demo import report, text
+from hf_ext.bone_adapter import convert_to_miss
+from hf_ext.bone_adapter.layer import BoneLayer, BoneLinear
+from hf_ext.demo import bone, report, text
 
 
 def hf_ext(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -41,6 +47,7 @@ def test_the_table_has_a_row_a_method_and_the_four_columns(quick):
     done, _ = quick
     assert all(column in done.stdout for column in ("string typed", "baseline", "with hf_ext", "check"))
     assert "--attn_implementation anchor" in done.stdout
+    assert '--adapter DIR ("peft_type": "BONE")' in done.stdout
 
 
 def test_the_doctor_comes_first(quick):
@@ -64,6 +71,9 @@ def test_artefacts_are_ordinary_checkpoints(quick):
     for name in ("sdpa", "anchor"):
         assert (out / "runs" / name / "model.safetensors").exists()
         assert "attn_implementation" not in json.loads((out / "runs" / name / "config.json").read_text())
+    for name in ("lora", "bone"):
+        assert (out / "runs" / name / "adapter_model.safetensors").exists()
+        assert json.loads((out / "runs" / name / "adapter_config.json").read_text())["peft_type"] == name.upper()
 
 
 def test_the_picture_is_wide_enough_for_a_readme(quick):
@@ -74,16 +84,24 @@ def test_the_picture_is_wide_enough_for_a_readme(quick):
     assert int.from_bytes(header[16:20], "big") >= 1500
 
 
-def test_the_printed_commands_can_be_typed_again(quick, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "flag", "proof"),
+    [
+        ("anchor", "--attn_implementation anchor", "hf_ext: using anchor (engine=sdpa"),
+        ("bone", "--adapter adapters/bone", "hf_ext: using BONE (forms=tile"),
+    ],
+    ids=["anchor", "bone"],
+)
+def test_the_printed_commands_can_be_typed_again(quick, tmp_path, name, flag, proof):
     done, out = quick
     commands = [line[2:] for line in done.stdout.splitlines() if line.startswith("$ ")]
     assert commands[0].startswith("cd ")
-    anchor = next(command for command in commands if "--attn_implementation anchor" in command)
-    again = anchor.replace("runs/anchor", str(tmp_path / "again"))
+    command = next(command for command in commands if flag in command)
+    again = command.replace(f"runs/{name}", str(tmp_path / "again"))
     typed = subprocess.run(f"{commands[0]} && {again}", shell=True, cwd=out.parent, capture_output=True, text=True)
     assert typed.returncode == 0, typed.stderr
-    assert "hf_ext: using anchor (engine=sdpa" in typed.stderr
-    folders = (out / "runs" / "anchor", tmp_path / "again")
+    assert proof in typed.stderr
+    folders = (out / "runs" / name, tmp_path / "again")
     first, second = (json.loads((folder / "results.json").read_text())["losses"] for folder in folders)
     assert first == second  # deterministic by seed
 
@@ -135,6 +153,111 @@ def test_a_process_that_did_not_execute_the_name_is_an_error(tmp_path):
     run = report.Run("silent", ["-c", "pass"], steps=1, proof="anchor")
     with pytest.raises(report.DemoError, match="should have executed anchor, and executed none"):
         report._run_all([run], tmp_path)
+
+
+def test_a_run_waits_for_the_one_it_starts_from(tmp_path):
+    """Even if it is named first, and there is a free place."""
+    then = report.Run("then", ["-c", "open('weights').close()"], steps=1, after="first")
+    slowly = "import time; time.sleep(1); open('weights', 'w').close()"
+    report._run_all([then, report.Run("first", ["-c", slowly], steps=1)], tmp_path)
+
+
+def test_a_run_is_not_started_if_the_one_it_starts_from_failed(tmp_path):
+    first = report.Run("first", ["-c", "raise SystemExit('the cause')"], steps=1)
+    then = report.Run("then", ["-c", "open('started', 'w')"], steps=1, after="first")
+    with pytest.raises(report.DemoError, match=r"first: exit status 1[\s\S]*the cause"):
+        report._run_all([first, then], tmp_path)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize("model", [[], ["--config_name", "a", "--model_name_or_path", "b"]], ids=["neither", "both"])
+def test_the_script_starts_from_a_config_or_from_weights(model, monkeypatch, capsys):
+    script = runpy.run_path(str(Path(report.__file__).with_name("train.py")))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--dataset", "x", "--output_dir", "y", *model])
+    with pytest.raises(SystemExit):
+        script["parse_arguments"]()
+    assert "--model_name_or_path" in capsys.readouterr().err
+
+
+def test_bone_and_lora_learn_from_the_same_start_with_as_many_parameters(quick):
+    _, out = quick
+    row = json.loads((out / "results.json").read_text())['--adapter DIR ("peft_type": "BONE")']
+    lora, ours = row["results"]["lora"], row["results"]["bone"]
+    assert lora["trained_parameters"] == ours["trained_parameters"]
+    assert max(lora["eval_loss"], ours["eval_loss"]) < row["loss_before"]
+    assert lora["losses"] != ours["losses"]
+
+
+def says_miss(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert_to_miss(runs / "bone", runs / "miss")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(runs / "miss" / file, runs / "bone" / file)
+
+
+def saved_something_else(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = runs / "bone" / "adapter_model.safetensors"
+    save_file({name: 1.1 * block for name, block in load_file(file).items()}, file)
+
+
+def merges_badly(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = BoneLinear.merged_weight
+    monkeypatch.setattr(BoneLinear, "merged_weight", lambda *arguments: 1.001 * right(*arguments))
+
+
+def unmerges_by_arithmetic(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BoneLayer, "keep_base_on_merge", False)
+
+
+def has_more_parameters(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = json.loads((runs / "bone" / "results.json").read_text())
+    (runs / "bone" / "results.json").write_text(json.dumps(results | {"trained_parameters": 11_777}))
+
+
+FAULTS = {
+    says_miss: "the saved file says MISS",
+    saved_something_else: r"off by [1-9]e-0[1-4];",
+    merges_badly: r"merging moves logits by [1-9]e-0[1-3]",
+    unmerges_by_arithmetic: "unmerging changes the base's bytes",
+    has_more_parameters: "",
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), FAULTS.items(), ids=[fault.__name__ for fault in FAULTS])
+@pytest.mark.filterwarnings("ignore:Unmerging without the kept base weight")
+def test_the_check_of_bone_fails_if_it(quick, tmp_path, monkeypatch, fault, said):
+    _, out = quick
+    for folder in ("runs", "modules"):
+        shutil.copytree(out / folder, tmp_path / folder)
+    assert bone.judge(tmp_path).passed
+    fault(tmp_path / "runs", monkeypatch)
+    outcome = bone.judge(tmp_path)
+    assert not outcome.passed
+    assert re.search(said, outcome.check)
+
+
+def test_every_panel_has_its_baseline_in_grey(quick):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    _, out = quick
+    for name, (string, numbers) in zip(
+        report.METHODS, json.loads((out / "results.json").read_text()).items(), strict=True
+    ):
+        figure, axes = pyplot.subplots()
+        import_module(f"hf_ext.demo.{name}").panel(axes, report.Outcome(string, "", "", "", True, numbers))
+        assert [line.get_color() for line in axes.lines] == ["0.6", "tab:blue"]
+        pyplot.close(figure)
+
+
+def test_modules_are_not_those_that_gave_docstrings(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_places", lambda: [("here", tmp_path)])
+    for i in range(10):
+        (tmp_path / f"m{i}.py").write_text(f'"""A docstring of the module number {i}."""\n')
+    (tmp_path / "old.py").write_bytes(b"# \xe9\n")
+    taken = text.documents(5, seed=0)
+    found = text.modules(5 * 40, seed=0)
+    assert len(found) == 5
+    assert not [module for module in found if any(docstring in module for docstring in taken)]
+    with pytest.raises(text.NoTextError, match=r"characters of Python, and 1000 are needed"):
+        text.modules(1000, seed=0)
 
 
 def test_without_library_sources_the_installed_packages_serve(tmp_path, monkeypatch):

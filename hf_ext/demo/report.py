@@ -11,7 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hf_ext import doctor
 
-METHODS = ("anchor",)
+METHODS = ("anchor", "bone")  # in this order: bone goes on from the text, tokenizer and model that anchor writes
 
 # One thread a process and two processes at a time: tiny models only lose by sharing their cores.
 AT_ONCE = 2
@@ -36,7 +36,10 @@ ENVIRONMENT = {"HF_EXT_DEBUG": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 
 # What the demo writes, and so what --overwrite may delete.
-FILES = ("train.py", "tokenizer", "packed", "model", "runs", "results.json", "demo.png")
+FILES = (
+    *("train.py", "tokenizer", "packed", "model", "docstrings", "modules", "adapters"),
+    *("runs", "results.json", "demo.png"),
+)
 
 
 class DemoError(Exception):
@@ -48,12 +51,14 @@ class Run:
     """One process: `command` after the interpreter, run in the output folder, showing a progress bar of `steps` steps.
 
     proof: the name of ours that the process must say it executed (HF_EXT_DEBUG), or None if it must not use any.
+    after: the name of the run whose results this one starts from, if any.
     """
 
     name: str
     command: list[str]
     steps: int
     proof: str | None = None
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,8 @@ def _make_folder(out: Path, overwrite: bool) -> None:
 
 
 def _run_all(runs: list[Run], out: Path) -> None:
+    # Whoever waits comes last: it then occupies one of the two places only when there is nothing else to do.
+    runs = sorted(runs, key=lambda run: run.after is not None)
     print(f"$ cd {shlex.quote(str(out))}")
     for run in runs:
         switches = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
@@ -137,7 +144,11 @@ def _run_all(runs: list[Run], out: Path) -> None:
     unwanted = Event()
     with ThreadPoolExecutor(AT_ONCE) as pool:
         try:
-            logs = list(pool.map(lambda run, bar: _run(run, out, bar, started, unwanted), runs, bars))
+            ended: dict[str, Future[tuple[int, str]]] = {}
+            for run, bar in zip(runs, bars, strict=True):
+                first = ended[run.after] if run.after else None
+                ended[run.name] = pool.submit(_run, run, out, bar, started, unwanted, first)
+            logs = [future.result() for future in ended.values()]
         except BaseException:  # Ctrl-C, above all: the pool would wait for trainings that nobody wants any more
             unwanted.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -156,8 +167,20 @@ def _run_all(runs: list[Run], out: Path) -> None:
             )
 
 
-def _run(run: Run, out: Path, bar: tqdm, started: list[subprocess.Popen], unwanted: Event) -> tuple[int, str]:
-    """Run to the end, moving `bar` along with the script's own progress bar; returns exit status and output."""
+def _run(
+    run: Run,
+    out: Path,
+    bar: tqdm,
+    started: list[subprocess.Popen],
+    unwanted: Event,
+    first: Future[tuple[int, str]] | None,
+) -> tuple[int, str]:
+    """Run to the end, moving `bar` along with the script's own progress bar; returns exit status and output.
+
+    first: the run to wait for. If it failed, so has this one, which is then not started.
+    """
+    if first is not None and first.result()[0]:
+        return first.result()
     with subprocess.Popen(
         [sys.executable, *run.command],
         cwd=out,

@@ -1,10 +1,10 @@
-"""Real text that every machine has: the documentation strings of Python's own standard library."""
+"""Real text that every machine has: docstrings and modules of Python's own standard library."""
 
 import ast
 import random
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,6 +33,26 @@ def documents(count: int, seed: int, log: Callable[[str], object] = print) -> li
                 return found
         log(f"Looked for Python sources of {what} under {folder}: {len(found)} of {count} docstrings so far.")
     raise NoTextError(f"found only {len(found)} docstrings, and {count} are needed")
+
+
+def modules(characters: int, seed: int, log: Callable[[str], object] = print) -> list[str]:
+    """Whole modules of at least `characters` characters together, where `documents` takes docstrings.
+
+    They come from the other end of the same order, so that no module gives both unless more is asked for than there is.
+
+    Raises:
+        NoTextError: there is too little text in either place.
+    """
+    found: list[str] = []
+    missing = characters
+    for what, folder in _places():
+        for module in _texts(reversed(_sources(folder, seed))):
+            found.append(module)
+            missing -= len(module)
+            if missing <= 0:
+                return found
+        log(f"Looked for Python sources of {what} under {folder}: {missing} of {characters} characters still missing.")
+    raise NoTextError(f"found only {characters - missing} characters of Python, and {characters} are needed")
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -73,3 +93,11 @@ def _docstrings(files: list[Path]) -> Iterator[str]:
                 text = ast.get_docstring(node)
                 if text and len(text) >= 20:
                     yield text
+
+
+def _texts(files: Iterable[Path]) -> Iterator[str]:
+    for file in files:
+        try:
+            yield file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue  # as above

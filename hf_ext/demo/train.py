@@ -1,9 +1,10 @@
-"""Train a small causal language model on packed rows of tokens: an ordinary Trainer script, to copy and to change.
+"""Train a small causal language model on rows of tokens: an ordinary Trainer script, to copy and to change.
 
     python train.py --dataset packed --config_name model --attn_implementation sdpa --output_dir runs/sdpa
+    python train.py --dataset rows --model_name_or_path runs/sdpa --adapter adapters/lora --output_dir runs/lora
 
-The data set is a folder written by `datasets` with the splits "train" and "test" and the columns input_ids, labels and
-position_ids, all rows of one length. Also runs under `accelerate launch` and `torchrun`.
+The data set is a folder written by `datasets` with the splits "train" and "test" and the columns input_ids, labels and,
+for packed rows, position_ids, all rows of one length. Also runs under `accelerate launch` and `torchrun`.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from datasets import load_from_disk
+from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +29,10 @@ from transformers import (
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder of the data set")
-    parser.add_argument("--config_name", required=True, help="folder with the config.json of the model to train")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config_name", help="folder with the config.json of a model to train from scratch")
+    model.add_argument("--model_name_or_path", help="folder with trained weights to start from")
+    parser.add_argument("--adapter", help="folder with the adapter_config.json of an adapter to train instead")
     parser.add_argument("--attn_implementation", default="sdpa", help="as in from_pretrained")
     parser.add_argument(
         "--whole_rows",
@@ -63,8 +68,13 @@ def main() -> None:
     if args.whole_rows:
         rows = rows.remove_columns("position_ids")
 
-    config = AutoConfig.from_pretrained(args.config_name)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=args.attn_implementation)
+    attention = {"attn_implementation": args.attn_implementation}
+    if args.model_name_or_path:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, **attention)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.config_name), **attention)
+    if args.adapter:
+        model = get_peft_model(model, PeftConfig.from_pretrained(args.adapter))
 
     clock = StepClock()
     trainer = Trainer(
@@ -93,7 +103,12 @@ def main() -> None:
 
     if PartialState().is_main_process:
         losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        results = {"losses": losses, "step_seconds": clock.seconds, "eval_loss": metrics["eval_loss"]}
+        results = {
+            "losses": losses,
+            "step_seconds": clock.seconds,
+            "eval_loss": metrics["eval_loss"],
+            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        }
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1))
 
 
