@@ -559,7 +559,6 @@ def test_modules_to_save(tmp_path):
     torch.testing.assert_close(model.merge_and_unload()(ids).logits, logits, **CLOSE)
 
 
-@pytest.mark.smoke
 def test_each_directory_has_its_own_tensors_only(tmp_path):
     base, model = mixed()
     model.save_pretrained(tmp_path)

@@ -499,3 +499,13 @@ def assert_compiled(compiled, function, x, weight, bias, blocks, autocast):
     for expected, found in zip(*results, strict=True):
         assert found.dtype == expected.dtype
         assert error(found, expected.double()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 64], ids=["one token", "few tokens", "many tokens"])
+def test_the_first_token_of_each_row_of_a_batch(tokens):
+    """x[:, 0], as a pooler takes it: rows that do not lie one after the other."""
+    weight, block = torch.randn(12, 16).double(), torch.randn(3, 4, 4).double()
+    x = torch.randn(tokens, 5, 16).double()[:, 0]
+    with torch.no_grad():
+        y = ops.affine_linear(x, weight, None, [("bat", block)])
+    torch.testing.assert_close(y, x @ reference.bat(weight, block).T, rtol=0, atol=1e-11)

@@ -55,7 +55,7 @@ def bat_product(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
     x (T, in); R rows of W (R, in) in the dtype of the large product; block (R/r, r, r) and the result in x's.
     """
     (tokens, width), r = x.shape, block.shape[-1]
-    slices = x.view(-1, r).expand(len(block), -1, r)
+    slices = x.reshape(-1, r).expand(len(block), -1, r)
     z = torch.baddbmm(slices, slices, block.transpose(1, 2)).view(len(block), tokens, width)
     y = torch.bmm(z.to(weight.dtype), weight.unflatten(0, (-1, r)).transpose(1, 2)).to(x.dtype)
     y += slice_sum(x, r, x.dtype) @ block.transpose(1, 2)

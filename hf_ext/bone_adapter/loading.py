@@ -22,9 +22,13 @@ def own_tensors(state_dict: Mapping[str, Tensor], adapter_name: str) -> dict[str
     own, foreign = checkpoint.split_foreign(state_dict)
     if not checkpoint.blocks_of(own):
         raise ValueError(f"The file of adapter {adapter_name!r} holds no bone_block tensor: it is empty or truncated.")
-    if foreign:
-        warnings.warn(f"Ignored {len(foreign)} tensors of other adapters in this file: {_few(foreign)}.", stacklevel=2)
+    warn_of_foreign(foreign)
     return own
+
+
+def warn_of_foreign(names: list[str]) -> None:
+    if names:
+        warnings.warn(f"Ignored {len(names)} tensors of other adapters in this file: {_few(names)}.", stacklevel=3)
 
 
 def adopt_development_form(

@@ -125,6 +125,7 @@ class BoneModel(BaseTuner):
             blocks = {key.removesuffix(f".{adapter_name}"): tensor for key, tensor in tensors.items()}
             loading.adopt_development_form(self, config, adapter_name, blocks)
             loading.check_tensors(self, adapter_name, tensors)
+            loading.warn_of_foreign([key.replace(tail, ".bone_block") for key in state_dict if f"{tail}." in key])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # --- batches with several adapters
