@@ -257,8 +257,8 @@ def resolve_all_linear(config: Any, model: Any) -> None:
     _maybe_include_all_linear_layers(config, model)
     if experts := list(_stacked_parameters(model)):
         warnings.warn(
-            f"all-linear: {len(experts)} parameters such as {experts[0]} are fused experts, not linear layers, and stay "
-            "as they are.",
+            f"all-linear: {len(experts)} parameters such as {experts[0]} are fused experts, not linear layers, and "
+            "stay as they are.",
             stacklevel=3,
         )
 
