@@ -307,12 +307,74 @@ def test_targets_that_the_base_has_not(tmp_path):
         ({"peft_type": "MISS"}, "peft_type: found 'MISS', expected \"BONE\""),
         ({"peft_type": None}, 'peft_type: found None, expected "BONE"'),
         ({"bias": "lora_only"}, "bias: found 'lora_only', expected one of none, all, bone_only"),
+        ({"target_modules": [1]}, "target_modules: found [1], expected null, a string or a list of strings"),
+        ({"exclude_modules": 3}, "exclude_modules: found 3, expected null, a string or a list of strings"),
+        (
+            {"layers_to_transform": "0"},
+            "layers_to_transform: found '0', expected null, an integer or a list of integers",
+        ),
+        (
+            {"layers_to_transform": [True]},
+            "layers_to_transform: found [True], expected null, an integer or a list of integers",
+        ),
+        (
+            {"layers_to_transform": 0, "layers_pattern": [0]},
+            "layers_pattern: found [0], expected null, a string or a list of strings",
+        ),
+        (
+            {"layers_pattern": "layers"},
+            "layers_pattern: found 'layers', expected null, as it does nothing without layers_to_transform",
+        ),
+        (
+            {"layers_to_transform": 0, "target_modules": ".*_proj"},
+            "layers_to_transform: found 0, expected null, as target_modules='.*_proj' is no list of names; a regular "
+            "expression can say itself which layers it means",
+        ),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: found 'lm_head', expected null or a list of strings"),
+        (
+            {"target_parameters": ["x"]},
+            "target_parameters: found ['x'], expected null: Bone adapts linear layers, not bare parameters such as the "
+            "3-D weights of fused experts",
+        ),
+        (
+            {"init_weight": "bat"},
+            "init_weight: found an option of this name, expected init_weights, which it seems to mean",
+        ),
+        (
+            {"target_module": None},
+            "target_module: found an option of this name, expected target_modules, which it seems to mean",
+        ),
+        ({"R": 8}, "R: found an option of this name, expected r, which it seems to mean"),
     ],
-    ids=lambda value: "-".join(map(str, *value.items())) if isinstance(value, dict) else "",
+    ids=lambda value: "-".join(f"{name}-{is_}" for name, is_ in value.items()) if isinstance(value, dict) else "",
 )
 def test_damaged_option_is_named(base, tmp_path, change, text):
     config, tensors = adapter(base)
     assert problems(write_adapter(tmp_path / "a", {**config, **change}, tensors), base) == [f"- {text}"]
+
+
+@pytest.mark.parametrize(("task", "near"), [("CAUSALLM", "CAUSAL_LM"), ("seq_cls", "SEQ_CLS"), (7, None)])
+def test_unknown_task_is_told_with_those_of_peft(base, tmp_path, task, near):
+    config, tensors = adapter(base, task_type=task)
+    (line,) = problems(write_adapter(tmp_path / "a", config, tensors), base)
+    assert line.startswith(f"- task_type: found {task!r}, expected null or one of ")
+    assert "SEQ_2_SEQ_LM, " in line
+    assert line.partition("; did you mean ")[2] == (f"{near}?" if near else "")
+
+
+def test_options_of_newer_versions_are_a_note(base, tmp_path):
+    config, tensors = adapter(base, init_lora_weights=True, rank=8, target_parameters=[])
+    assert check_checkpoint(write_adapter(tmp_path / "a", config, tensors), base).notes == [
+        "found options that Bone has not, which loading ignores: init_lora_weights, rank"
+    ]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, set])
+def test_options_of_a_config_object_may_be_sets(kind):
+    sound = {"target_modules": kind(["q"]), "exclude_modules": kind(["v"]), "modules_to_save": kind(["head"])}
+    assert checkpoint.option_problems(sound | {"layers_to_transform": kind([0]), "layers_pattern": kind(["h"])}) == []
+    (line,) = checkpoint.option_problems(sound | {"exclude_modules": kind([1])})
+    assert line == f"exclude_modules: found {kind([1])!r}, expected null, a string or a list of strings"
 
 
 @pytest.mark.parametrize("option", ["r", "init_weights", "peft_type"])
@@ -462,13 +524,14 @@ def test_eight_bit_floats_can_be_asked():
         (False, [(3, 8, 8)], True),
         (True, [(8, 24)], False),
         (True, [(3, 8, 8), (8, 24)], False),
+        (True, [(3, 8, 8), (8, 24), (2, 8, 8)], True),
         ("bat", [(3, 8, 8)], False),
         ("bat_row", [(3, 8, 8)], False),
         (1, [(3, 8, 8)], False),
         (True, [], False),
     ],
 )
-def test_development_files_are_known_by_all_their_blocks(init_weights, shapes, old):
+def test_development_files_are_known_by_most_of_their_blocks(init_weights, shapes, old):
     tensors = {key(str(i)): torch.zeros(shape) for i, shape in enumerate(shapes)}
     tensors |= {f"{key('0')}.b": torch.zeros(8, 24), "base_model.model.lm_head.weight": torch.zeros(2, 2)}
     assert checkpoint.is_development_file(init_weights, tensors) is old
@@ -495,6 +558,13 @@ def test_development_file_is_sound_with_a_note(base, tmp_path):
     assert len(report.notes) == 1
     assert "November 2024" in report.notes[0]
     assert "upgrade_checkpoint" in report.notes[0]
+
+
+def test_only_the_damaged_block_of_a_development_file_is_listed(base, tmp_path):
+    config, tensors = development(base)
+    tensors[V0] = torch.zeros(4, 12)
+    (line,) = problems(write_adapter(tmp_path / "a", config, tensors), base)
+    assert line == f"- {V0}: found shape (4, 12), expected (3, 4, 4)"
 
 
 def test_upgrade_changes_the_form_and_drops_foreign_tensors(base, tmp_path):
@@ -549,6 +619,54 @@ def test_failure_while_writing_leaves_nothing(base, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         upgrade_checkpoint(folder, tmp_path / "out" / "b")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_empty_working_directory_is_filled_in_place(base, tmp_path, monkeypatch):
+    folder = write_adapter(tmp_path / "a", *development(base))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    upgrade_checkpoint(folder, ".")
+    assert {path.name for path in Path().iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    assert check_checkpoint(".", base).form == "bat"
+
+
+@pytest.mark.parametrize("when", ["writing", "second file"])
+def test_failure_leaves_an_empty_directory_empty(base, tmp_path, monkeypatch, when):
+    folder = write_adapter(tmp_path / "a", *development(base))
+    (tmp_path / "here").mkdir()
+    rename = Path.rename
+
+    def once(path, target):
+        if target.name == "adapter_config.json":
+            raise OSError("no space left")
+        return rename(path, target)
+
+    def full_disk(tensors, path, **_):
+        path.write_bytes(b"some")
+        raise OSError("no space left")
+
+    if when == "writing":
+        monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    else:
+        monkeypatch.setattr(Path, "rename", once)
+    with pytest.raises(OSError, match="no space left"):
+        upgrade_checkpoint(folder, tmp_path / "here")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_file_that_appears_meanwhile_is_not_overwritten(base, tmp_path, monkeypatch):
+    folder = write_adapter(tmp_path / "a", *development(base))
+    mine, save = tmp_path / "here/adapter_config.json", checkpoint.save_file
+    mine.parent.mkdir()
+
+    def late(*args, **options):
+        save(*args, **options)
+        mine.write_text("mine")
+
+    monkeypatch.setattr(checkpoint, "save_file", late)
+    with pytest.raises(ValueError, match=r"adapter_config\.json appeared"):
+        upgrade_checkpoint(folder, mine.parent)
+    assert [(path, path.read_text()) for path in mine.parent.iterdir()] == [(mine, "mine")]
 
 
 def test_written_directory_has_the_usual_permissions(base, tmp_path):

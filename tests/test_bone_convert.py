@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from bone_files import GPT2, IDS, LLAMA, adapter, delta, merged, model_of, path_of, write_adapter
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from processes import run_python
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from hf_ext import compat
 from hf_ext.bone_adapter.check import check_checkpoint
 from hf_ext.bone_adapter.convert import convert_to_miss, from_miss
+from hf_ext.bone_adapter.hotswap import hotswap_adapter
 from hf_ext.bone_adapter.lora import convert_to_lora
 
 BASES = {"llama": LLAMA, "gpt2": GPT2}
@@ -419,6 +421,64 @@ def test_miss_has_no_row_form(bases, tmp_path):
     with pytest.raises(ValueError, match='MiSS has no form for init_weights="bat_row"'):
         convert_to_miss(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_miss_of_a_layer_narrower_than_r_is_warned_of(bases, folder, tmp_path, caplog):
+    """By the base on this machine; q and v have 24 inputs, down 40."""
+    config, tensors = adapter(bases["llama"], r=25, base_model_name_or_path=str(folder / "llama"))
+    convert_to_miss(write_adapter(tmp_path / "a", config, tensors), tmp_path / "b")
+    (record,) = caplog.records
+    assert (record.levelname, record.name.partition(".")[0]) == ("WARNING", "hf_ext")
+    narrow = ", ".join(f"model.layers.{n}.self_attn.{name}_proj" for n in (0, 1) for name in "qv")
+    assert record.message == f"PEFT's MiSS will refuse {tmp_path / 'b'}: r=25 > in_features of {narrow}"
+
+
+@pytest.mark.parametrize(("r", "named"), [(24, True), (25, False)], ids=["r = in", "no base"])
+def test_miss_without_a_reason_is_not_warned_of(bases, folder, tmp_path, caplog, r, named):
+    base = str(folder / "llama") if named else "nobody/no-such-model"
+    made = adapter(bases["llama"], r=r, base_model_name_or_path=base)
+    convert_to_miss(write_adapter(tmp_path / "a", *made), tmp_path / "b")
+    assert caplog.records == []
+
+
+def test_conversion_to_miss_asks_no_hub_for_the_base(bases, tmp_path, monkeypatch):
+    asked = []
+
+    def from_pretrained(source, **options):
+        asked.append((source, options))
+        raise OSError
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    made = adapter(bases["llama"], base_model_name_or_path="some/model", revision="v1")
+    convert_to_miss(write_adapter(tmp_path / "a", *made), tmp_path / "b")
+    options = {"revision": "v1", "local_files_only": True, "trust_remote_code": False}
+    assert asked == [("some/model", options)]
+
+
+# ---------------------------------------------------------------- arguments, and other uses of the files
+
+
+@pytest.mark.parametrize("value", [None, 7, ["a"]], ids=str)
+def test_argument_that_is_no_path_is_named(bases, tmp_path, value):
+    with pytest.raises(ValueError, match=re.escape(f"model_or_dir: found {value!r}, a {type(value).__name__}")):
+        convert_to_lora(value)
+    said = re.escape(f"found {value!r}, a {type(value).__name__}, expected the path of a directory")
+    with pytest.raises(ValueError, match=said):
+        convert_to_miss(value, tmp_path / "b")
+    with pytest.raises(ValueError, match=said):
+        convert_to_miss(write_adapter(tmp_path / "a", *adapter(bases["llama"])), value)
+
+
+@pytest.mark.parametrize("init_weights", [True, "bat"])
+def test_swap_of_a_development_file_names_the_upgrade(bases, tmp_path, init_weights):
+    """Whatever form is loaded: the file's config says tile, its blocks are those of bat."""
+    if compat.has_native_bone():
+        pytest.skip("PEFT's own Bone cannot swap")
+    config, tensors = adapter(bases["llama"], "bat", r=4)
+    old = write_adapter(tmp_path / "old", {**config, "init_weights": True}, tensors)
+    model = loaded(model_of(LLAMA), tmp_path, adapter(bases["llama"], init_weights, r=4))
+    with pytest.raises(ValueError, match=r"old holds bat blocks under init_weights: true.*upgrade_checkpoint"):
+        hotswap_adapter(model, old, adapter_name="one")
 
 
 # ---------------------------------------------------------------- LoRA from a model

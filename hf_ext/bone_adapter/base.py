@@ -27,7 +27,9 @@ _CLASS_OF_TASK = {
 }
 
 
-def open_base(config: Mapping[str, Any], base_model: BaseModel | None, *, weights: bool = False) -> nn.Module:
+def open_base(
+    config: Mapping[str, Any], base_model: BaseModel | None, *, weights: bool = False, offline: bool = False
+) -> nn.Module:
     """The base model of the adapter with this adapter_config.json.
 
     Args:
@@ -35,6 +37,7 @@ def open_base(config: Mapping[str, Any], base_model: BaseModel | None, *, weight
         base_model: a model, which is returned as it is; a path or a name on the hub; a transformers config; None: the
             base that `config` names.
         weights: whether they are needed. Without, a model is built on the meta device, which takes no memory.
+        offline: look on this machine only, and ask nothing of anybody.
 
     Raises:
         ValueError: no base is named or it cannot be opened; weights are needed of what has none; a model that carries
@@ -55,6 +58,8 @@ def open_base(config: Mapping[str, Any], base_model: BaseModel | None, *, weight
     if not source:
         raise ValueError("the adapter names no base_model_name_or_path; pass base_model, a model or its path")
     options = {"revision": config["revision"]} if base_model is None and config.get("revision") else {}
+    if offline:
+        options |= {"local_files_only": True, "trust_remote_code": False}
     try:
         base_config = transformers.AutoConfig.from_pretrained(source, **options)
         if not weights:

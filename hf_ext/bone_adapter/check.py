@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from hf_ext.bone_adapter.base import BaseModel, features, may_be_target, open_ba
 from hf_ext.bone_adapter.checkpoint import (
     BIAS,
     BLOCK,
+    OPTIONS,
     PREFIX,
     blocks_of,
     form_of,
     is_development_file,
+    option_problems,
     path_of,
     read_directory,
     shown,
@@ -95,7 +98,7 @@ def require_sound(
         parameters=sum(block.numel() for block in blocks.values()),
         dtype=", ".join(sorted({str(block.dtype).removeprefix("torch.") for block in blocks.values()})),
         foreign=foreign,
-        notes=[*([_DEVELOPMENT] if development else []), *expected.notes],
+        notes=[*([_DEVELOPMENT] if development else []), *_unknown_options(config), *expected.notes],
         checked_against_base=base is not None,
     )
 
@@ -122,6 +125,21 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
         form_of(config.get("init_weights"))
     except ValueError as error:
         yield str(error)
+    yield from option_problems(config)
+    for name, near in _meant(config).items():
+        if near:
+            yield f"{name}: found an option of this name, expected {near}, which it seems to mean"
+
+
+def _meant(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """{option that Bone has not: the one that it almost spells}. Real options of other methods differ by more."""
+    near = {name: get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.88) for name in config if name not in OPTIONS}
+    return {name: found[0] if found else None for name, found in near.items()}
+
+
+def _unknown_options(config: Mapping[str, Any]) -> Iterator[str]:
+    if names := sorted(_meant(config)):
+        yield f"found options that Bone has not, which loading ignores: {', '.join(names)}"
 
 
 # --- what a file should hold

@@ -1,6 +1,7 @@
 """Adapter directories: read with clear errors, written whole or not at all, and the oddities of old files."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +23,16 @@ _SHARED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
 )
+OPTIONS = (*_SHARED, "peft_type", "peft_version", "r", "init_weights", "bias", "target_parameters")
+
+# Of the options that say where an adapter goes: (type of an item, whether one may stand without a list).
+_ITEMS: dict[str, tuple[type, bool]] = {
+    "target_modules": (str, True),
+    "exclude_modules": (str, True),
+    "layers_to_transform": (int, True),
+    "layers_pattern": (str, True),
+    "modules_to_save": (str, False),
+}
 
 
 def shared_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,6 +58,62 @@ def form_of(init_weights: Any) -> str:
     raise ValueError(f'init_weights: found {init_weights!r}, expected true, false, "bat" or "bat_row"{hint}')
 
 
+def option_problems(config: Mapping[str, Any]) -> list[str]:
+    """What cannot be right, a line each, in the options that Bone shares with PEFT's other methods.
+
+    Args:
+        config: options by name, of a file or of a config object; a set counts as a list. What is absent is sound.
+    """
+    problems = [
+        f"{name}: found {config[name]!r}, expected {_items_in_words(*of)}"
+        for name, of in _ITEMS.items()
+        if not _are_items(config.get(name), *of)
+    ]
+    task = config.get("task_type")
+    if task is not None and task not in list(TaskType):
+        allowed = [known.value for known in TaskType]
+        near = get_close_matches(str(task).upper(), allowed, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        problems.append(f"task_type: found {task!r}, expected null or one of {', '.join(allowed)}{hint}")
+    if config.get("target_parameters"):
+        problems.append(
+            f"target_parameters: found {config['target_parameters']!r}, expected null: Bone adapts linear layers, not "
+            "bare parameters such as the 3-D weights of fused experts"
+        )
+    return problems or _conflicts(config)
+
+
+def _are_items(value: Any, kind: type, alone: bool) -> bool:
+    if value is None:
+        return True
+    if not isinstance(value, list | tuple | set | frozenset):
+        return alone and isinstance(value, kind) and not isinstance(value, bool)
+    return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _items_in_words(kind: type, alone: bool) -> str:
+    one, many = {str: ("a string", "strings"), int: ("an integer", "integers")}[kind]
+    return f"null, {one} or a list of {many}" if alone else f"null or a list of {many}"
+
+
+def _conflicts(config: Mapping[str, Any]) -> list[str]:
+    """Options of the right types that do not go together."""
+    problems, names = [], config.get("target_modules")
+    if isinstance(names, str):
+        problems += [
+            f"{name}: found {config[name]!r}, expected null, as target_modules={names!r} is no list of names; a "
+            "regular expression can say itself which layers it means"
+            for name in ("layers_to_transform", "layers_pattern")
+            if config.get(name) is not None
+        ]
+    elif config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        problems.append(
+            f"layers_pattern: found {config['layers_pattern']!r}, expected null, as it does nothing without "
+            "layers_to_transform"
+        )
+    return problems
+
+
 # --- a directory
 
 
@@ -58,7 +125,7 @@ def read_directory(directory: str | Path) -> tuple[dict[str, Any], dict[str, Ten
     Raises:
         ValueError: no such directory; a file of it is missing, truncated, or something else than it should be.
     """
-    directory = Path(directory)
+    directory = _path(directory)
     if not directory.is_dir():
         raise ValueError(
             f"{directory} is not a directory; fetch an adapter from the hub with huggingface_hub.snapshot_download"
@@ -97,26 +164,51 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
 
 
 def write_directory(output_dir: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write an adapter directory under a temporary name beside `output_dir`, then rename it: all of it or nothing.
+    """Write an adapter directory under a temporary name, then rename it: all of it or nothing.
+
+    An empty directory is filled, not replaced: it may be the working directory of a process, or a mount point.
 
     Raises:
         ValueError: there is something at `output_dir` already.
     """
-    output_dir = Path(output_dir).resolve()
+    output_dir = _path(output_dir).resolve()
     require_free(output_dir)
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = output_dir.with_name(f".{output_dir.name}.{uuid4().hex}")
+    fill = output_dir.exists()
+    partial = (output_dir if fill else output_dir.parent) / f".{output_dir.name}.{uuid4().hex}"
+    partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         partial.mkdir()
         text = json.dumps(config, indent=2, sort_keys=True, default=sorted)  # sets of names
         (partial / CONFIG_NAME).write_text(text, encoding="utf-8")
         owned = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(owned, partial / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        if output_dir.exists():
-            output_dir.rmdir()
-        partial.rename(output_dir)
+        if fill:
+            _move_files(partial, output_dir)
+        else:
+            partial.rename(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_files(source: Path, to: Path) -> None:
+    """The config last: without it a directory is no adapter."""
+    moved = []
+    try:
+        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME):
+            if (to / name).exists():
+                raise ValueError(f"{to / name} appeared while it was written; nothing is overwritten")
+            (source / name).rename(to / name)
+            moved.append(to / name)
+    except BaseException:
+        for path in moved:
+            path.unlink()
+        raise
+
+
+def _path(value: Any) -> Path:
+    if not isinstance(value, str | os.PathLike):
+        raise ValueError(f"found {value!r}, a {type(value).__name__}, expected the path of a directory")
+    return Path(value)
 
 
 def require_free(output_dir: str | Path) -> None:
@@ -125,7 +217,7 @@ def require_free(output_dir: str | Path) -> None:
     Raises:
         ValueError: naming it.
     """
-    output_dir = Path(output_dir)
+    output_dir = _path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(f"{output_dir} exists already; name a new or an empty directory, nothing is overwritten")
 
@@ -153,9 +245,12 @@ def blocks_of(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_development_file(init_weights: Any, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether a file was written in November 2024, when `init_weights: true` still meant the bat form."""
-    blocks = blocks_of(state_dict)
-    return isinstance(init_weights, bool) and bool(blocks) and all(block.ndim == 3 for block in blocks.values())
+    """Whether a file was written in November 2024, when `init_weights: true` still meant the bat form.
+
+    Most of its blocks decide, so that one damaged block is the one that is complained of.
+    """
+    blocks = blocks_of(state_dict).values()
+    return isinstance(init_weights, bool) and 2 * sum(block.ndim == 3 for block in blocks) > len(blocks)
 
 
 def tensor_problems(state_dict: Mapping[str, Tensor], expected: Mapping[str, Sequence[int | str]]) -> list[str]:

@@ -1,15 +1,20 @@
 """Bone directories to MiSS and back, and development checkpoints to what later versions read."""
 
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from hf_ext.bone_adapter.base import features, open_base
 from hf_ext.bone_adapter.check import require_sound
 from hf_ext.bone_adapter.checkpoint import (
     BLOCK,
+    blocks_of,
     is_development_file,
+    path_of,
     read_directory,
     require_free,
     shared_options,
@@ -21,6 +26,8 @@ MISS_BLOCK = "miss_block"
 
 # PEFT 0.17 knows only this spelling, though its documentation says MiSS_only; later versions take both.
 MISS_ONLY = "miss_only"
+
+_log = logging.getLogger(__name__)
 
 
 def upgrade_checkpoint(directory: str | Path, output_dir: str | Path) -> None:
@@ -47,7 +54,8 @@ def upgrade_checkpoint(directory: str | Path, output_dir: str | Path) -> None:
 def convert_to_miss(bone_dir: str | Path, output_dir: str | Path) -> None:
     """Rewrite a Bone checkpoint as one of MiSS, PEFT's successor of Bone; the function it computes stays the same.
 
-    PEFT's MiSS refuses r > in_features when it loads the result; Bone does not.
+    PEFT's MiSS refuses r > in_features when it loads the result; Bone does not. Blocks do not tell in_features: where
+    the base model that the config names can be opened offline, a logged warning names such layers.
 
     Raises:
         ValueError: form "bat_row", which MiSS has not; an unsound checkpoint; there is something at `output_dir`.
@@ -69,7 +77,10 @@ def convert_to_miss(bone_dir: str | Path, output_dir: str | Path) -> None:
         "miss_dropout": 0.0,
         "mini_r": 1,
     }
-    write_directory(output_dir, miss, _renamed(split_foreign(state_dict)[0], BLOCK, MISS_BLOCK))
+    tensors, _ = split_foreign(state_dict)
+    write_directory(output_dir, miss, _renamed(tensors, BLOCK, MISS_BLOCK))
+    if narrow := _narrower_than_r(config, map(path_of, blocks_of(tensors))):
+        _log.warning(f"PEFT's MiSS will refuse {output_dir}: r={config['r']} > in_features of {', '.join(narrow)}")
 
 
 def from_miss(miss_dir: str | Path, output_dir: str | Path) -> None:
@@ -102,6 +113,15 @@ def from_miss(miss_dir: str | Path, output_dir: str | Path) -> None:
     if is_development_file(bone["init_weights"], tensors):
         bone["init_weights"] = form
     write_directory(output_dir, bone, tensors)
+
+
+def _narrower_than_r(config: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """The layers with fewer inputs than r; none if the base model cannot be asked."""
+    try:
+        base = open_base(config, None, offline=True)
+        return [path for path in paths if features(base.get_submodule(path))[0] < config["r"]]
+    except Exception:  # the conversion needs no base, and a base of any kind fails in ways of its own
+        return []
 
 
 def _renamed(state_dict: Mapping[str, Tensor], old: str, new: str) -> dict[str, Tensor]:

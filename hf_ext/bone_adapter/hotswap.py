@@ -9,7 +9,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from hf_ext.bone_adapter.checkpoint import PREFIX, form_of, read_directory, split_foreign, tensor_problems
+from hf_ext.bone_adapter.checkpoint import (
+    PREFIX,
+    form_of,
+    is_development_file,
+    read_directory,
+    split_foreign,
+    tensor_problems,
+)
 
 
 def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "default") -> None:
@@ -19,7 +26,7 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
     modules_to_save are swapped as well.
 
     Args:
-        model: a `PeftModel`, or a model with adapters injected.
+        model: a `PeftModel`, or a model with adapters injected; compiled or not.
         path: adapter directory of the same form, r and layers.
         adapter_name: the loaded adapter that takes the new values.
 
@@ -27,14 +34,19 @@ def hotswap_adapter(model: nn.Module, path: str | Path, adapter_name: str = "def
         ValueError: no such adapter, or it is merged; another form, r or set of layers; a broken file. Nothing is
             changed then.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     config, tensors = read_directory(path)
     loaded = getattr(model, "peft_config", {})
     if adapter_name not in loaded:
         raise ValueError(f"No adapter {adapter_name!r} in this model; there are {', '.join(loaded) or 'none'}.")
     if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the weights: unmerge_adapter() before the swap.")
-    _refuse_another_kind(config, loaded[adapter_name], path)
     own, _ = split_foreign(tensors)
+    if is_development_file(config.get("init_weights", True), own):
+        raise ValueError(
+            f"{path} holds bat blocks under init_weights: true, as in November 2024: upgrade_checkpoint it"
+        )
+    _refuse_another_kind(config, loaded[adapter_name], path)
     new = {name.removeprefix(PREFIX): tensor for name, tensor in own.items()}
     # The values of a state dict are the parameters' own memory.
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)

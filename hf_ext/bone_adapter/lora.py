@@ -1,6 +1,7 @@
 """Bone adapters as LoRA checkpoints, for servers that know nothing else."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,13 +73,19 @@ def convert_to_lora(
             tile form also a transformers config. The tile form reads its shapes only, the others its weights.
 
     Raises:
-        ValueError: a block-affine form without `rank`, or the tile form with another than r; a block-affine adapter
-            that is merged; an unknown adapter; an unsound checkpoint; there is something at `output_dir`.
+        ValueError: neither a model nor a path; a block-affine form without `rank`, or the tile form with another than
+            r; a block-affine adapter that is merged; an unknown adapter; an unsound checkpoint; there is something at
+            `output_dir`.
         RuntimeError: a block-affine form on weights that are not whole in this process.
     """
     if output_dir is not None:
         require_free(output_dir)
     live = isinstance(model_or_dir, nn.Module)
+    if not live and not isinstance(model_or_dir, str | os.PathLike):
+        raise ValueError(
+            f"model_or_dir: found {model_or_dir!r}, a {type(model_or_dir).__name__}, expected a model with the "
+            "adapter, or the directory of an adapter"
+        )
     if live and base_model is not None:
         raise ValueError("base_model is for directories; the model given has its own")
     where = f"adapter {adapter_name!r}" if live else model_or_dir
