@@ -6,6 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from hf_ext import compat
 from hf_ext.bench import harness
 from hf_ext.cli import BENCHMARKS, app
 
@@ -37,8 +38,8 @@ def test_quick_run_of_every_benchmark(tmp_path):
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert result["rows"]
         assert {"processor", "device", "threads", "versions", "date"} <= set(result["machine"])
-        if name == "anchor":
-            assert (tmp_path / "anchor.png").stat().st_size > 10_000
+        if name in ("anchor", "bone"):
+            assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.md").read_text().count("\n|") == len(result["rows"]) + 2
 
 
@@ -98,6 +99,52 @@ def test_cuda_training_step_runs_and_learns_the_same_from_one_document(cuda_rows
     model.lm_head.weight.grad = None
     model(input_ids=ids, position_ids=positions, labels=ids).loss.backward()
     torch.testing.assert_close(gradients[0], model.lm_head.weight.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+def test_cuda_rows_of_bone_run(monkeypatch):
+    from hf_ext.bench import bone_cuda
+
+    def compare(what, ours, peer, *, peer_name, repeats=0, at_most=None, **rest):
+        ours(), peer()
+        return harness.Row(what, peer_name, 1.0, 2.0, 2.0, target=at_most and f"ours <= {at_most:.2f} x", **rest)
+
+    monkeypatch.setattr(bone_cuda, "compare_cuda", compare)
+    monkeypatch.setattr(bone_cuda, "added_mib", lambda step: step() or 1.0)
+    shape = bone_cuda.SHAPE | {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 31, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    rows = list(bone_cuda.step_rows(shape, torch.device("cpu"), torch.float32, 12, 4))
+    assert [row.peer_name for row in rows if row.unit == "s"] == ["LoRA", "LoRA", "old-style bat", "LoRA"]
+    assert [row.target for row in rows if row.unit == "s"] == ["ours <= 0.95 x", "ours <= 1.15 x", None, None]
+    assert all(row.met for row in rows if row.unit == "MiB" and row.peer_name == "LoRA")
+
+
+@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+def test_lora_beside_bone_has_as_many_parameters():
+    from hf_ext.bench import bone, bone_cuda
+
+    def trained(module):
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+    for form in ("tile", "bat", "bat_row"):
+        assert trained(bone.layer(form, 32, torch.float32, 8)) == trained(bone.layer(bone.LORA, 32, torch.float32, 8))
+    shape = bone_cuda.SHAPE | {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 31}
+    shape |= {"num_attention_heads": 6, "num_key_value_heads": 2}
+    sizes = {
+        method: trained(bone_cuda.adapted(method, shape, torch.device("cpu"), torch.float32, 8, 16))
+        for method in ("tile", bone_cuda.LORA)
+    }
+    assert abs(sizes["tile"] / sizes[bone_cuda.LORA] - 1) < 0.05
+
+
+@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+def test_kept_bytes_are_counted_to_the_byte():
+    from hf_ext.bench import bone
+
+    count = {name: bone.kept_bytes(name, 32, torch.float32, 8, 10) for name in ("tile", "bat", bone.FROZEN, bone.OLD)}
+    assert count["tile"] == 10 * 8 * 4
+    assert count["bat"] == count[bone.FROZEN] == 0
+    assert count[bone.OLD] >= 32 * 32 * 4
 
 
 def test_a_skipped_row_says_why(planted):

@@ -160,6 +160,61 @@ def test_strided_inputs_and_gradients(form, chunked):
         assert_same(found, expected)
 
 
+@pytest.mark.parametrize("leading", [(), (0,), (2, 3)], ids=["1-D", "no token", "3-D"])
+@pytest.mark.parametrize(("steps", "width", "out"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize("trained", ["weight", "conv1d", "weight and x", "weight and blocks"])
+def test_a_weight_that_is_trained_gets_its_gradient(steps, width, out, leading, trained, chunked):
+    x = torch.randn(*leading, width, dtype=torch.float64, requires_grad="x" in trained)
+    weight = torch.randn(width, out, dtype=torch.float64, requires_grad=True)
+    if trained != "conv1d":
+        weight = weight.detach().T.contiguous().requires_grad_()
+    w = weight.T if trained == "conv1d" else weight
+    steps = [(form, some_block(form, r, width, out).requires_grad_("blocks" in trained)) for form, r in steps]
+    inputs = [tensor for tensor in (x, weight, *(block for _, block in steps)) if tensor.requires_grad]
+    y = reference.linear(x, w, None, steps)
+    g = torch.randn_like(y)
+    expected = values_and_gradients(y, inputs, g)
+    assert_same(values_and_gradients(ops.affine_linear(x, w, None, steps), inputs, g), expected)
+
+
+RANKED = {name: rank for name, rank in LEADING.items() if name != "no token"}
+FUNCTIONS = {
+    "tile_forward": lambda x, y, blocks: ops.tile_forward(y, x, blocks[TILE]),
+    "row_forward": lambda x, y, blocks: ops.row_forward(x, blocks[ROW])[0],
+    "row_forward, sum": lambda x, y, blocks: ops.row_forward(x, blocks[ROW])[1],
+    "add_tiled": lambda x, y, blocks: ops.add_tiled(y, x[..., :4]),
+    "affine_linear": lambda x, y, blocks: ops.affine_linear(
+        x, torch.ones(8, 8).double(), y[..., 0].sum() + y.new_ones(8), [(BAT, blocks[BAT])]
+    ),
+    "affine_linear without bias": lambda x, y, blocks: ops.affine_linear(
+        x, torch.ones(8, 8).double(), None, [(BAT, blocks[BAT])]
+    ),
+}
+
+
+@pytest.mark.parametrize("leading", RANKED.values(), ids=RANKED)
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize("no_grad", [False, True], ids=["", "made without gradient"])
+def test_results_can_be_written_into(function, leading, no_grad, chunked):
+    """As nn.Linear's can: `y += residual`, ReLU(inplace=True)."""
+    x, y = (torch.randn(*leading, 8, dtype=torch.float64, requires_grad=True) for _ in "xy")
+    blocks = {form: some_block(form, 4, 8, 8) for form in ops.FORMS}
+    leaves = [x, y, *blocks.values()]
+
+    def gradients(write):
+        with torch.set_grad_enabled(not no_grad):
+            out = function(x, y, blocks)
+        residual = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).requires_grad_()
+        out = write(out, residual)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), [*leaves, residual], materialize_grads=True)]
+
+    def in_place(out, residual):
+        out += residual
+        return F.relu(out, inplace=True)
+
+    assert_same(gradients(in_place), gradients(lambda out, residual: F.relu(out + residual)))
+
+
 def test_bat_and_row_form_differ_on_a_square_weight():
     weight, block = torch.randn(8, 8), torch.randn(2, 4, 4)
     assert (ops.updated_weight(BAT, weight, block) - ops.updated_weight(ROW, weight, block)).abs().max() > 0.1
@@ -208,6 +263,62 @@ def test_second_derivative_is_refused(form):
         (first,) = torch.autograd.grad(y.square().sum(), block, create_graph=True)
         with pytest.raises(RuntimeError, match="differentiate twice"):
             first.sum().backward()
+
+
+# --- refusals
+
+
+WEIGHTS = {"weight": lambda weight: weight, "function": lambda weight: lambda: weight}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool], ids=str)
+@pytest.mark.parametrize("layout", WEIGHTS.values(), ids=WEIGHTS)
+@every_form
+def test_x_of_integers_is_refused(form, layout, dtype, autocast):
+    x, weight = torch.ones(3, 8).to(dtype), torch.randn(12, 8)
+    block = some_block(form, 4, 8, 12, torch.float32)
+    with torch.autocast("cpu", enabled=autocast), pytest.raises(RuntimeError, match=f"x is {dtype} .* torch.float32"):
+        ops.affine_linear(x, layout(weight), None, [(form, block)])
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"x is {dtype} .* torch.float32"):
+        ops.affine_linear(x[:1], layout(weight), None, [(form, block)])
+
+
+FLOATS = [torch.float64, torch.float32, *LOW]
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize(("of_x", "of_weight"), list(product(FLOATS, FLOATS)), ids=str)
+def test_dtypes_are_refused_where_a_linear_layer_refuses_them(of_x, of_weight, autocast):
+    x, weight, block = torch.randn(3, 8).to(of_x), torch.randn(12, 8).to(of_weight), torch.zeros(3, 4, 4)
+    with torch.autocast("cpu", enabled=autocast):
+        try:
+            expected = F.linear(x, weight).dtype
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match=f"x is {of_x} and the weight {of_weight}"):
+                ops.affine_linear(x, weight, None, [(BAT, block)])
+        else:
+            assert ops.affine_linear(x, weight, None, [(BAT, block)]).dtype == expected
+
+
+@pytest.mark.parametrize(("of_x", "of_weight"), list(product(FLOATS, FLOATS)), ids=str)
+def test_a_weight_to_be_read_may_have_another_dtype(of_x, of_weight):
+    x, weight, block = torch.randn(3, 8).to(of_x), torch.randn(12, 8).to(of_weight), torch.zeros(3, 4, 4)
+    y = ops.affine_linear(x, lambda: weight, None, [(BAT, block)])
+    assert torch.equal(y, F.linear(x, weight.to(of_x)))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@every_form
+def test_blocks_that_were_never_loaded_are_refused(form, grad):
+    x, weight = torch.randn(1, 8), torch.randn(12, 8)
+    block = torch.empty(ops.block_shape(form, 4, 8, 12), device="meta", requires_grad=True)
+    for function in (on_activations, on_weight):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"never loaded.* meta device.* cpu"):
+            function(form, x, weight, None, block)
+    loaded = some_block(form, 4, 8, 12, torch.float32)
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="never loaded"):
+        ops.affine_linear(x, weight, None, [(form, loaded), (form, block)])
 
 
 # --- weights
@@ -398,6 +509,14 @@ def test_affine_linear_keeps_its_inputs_only(form, autocast):
         assert x.untyped_storage().data_ptr() not in kept
 
 
+@every_form
+def test_a_weight_that_is_trained_keeps_the_inputs_only(form):
+    x, weight = torch.randn(50, 64), torch.randn(128, 64, requires_grad=True)
+    block = some_block(form, 8, 64, 128, torch.float32).detach()
+    kept, _ = kept_storages(lambda: on_weight(form, x, weight, None, block))
+    assert bytes_beside(kept, x, weight, block) == 0
+
+
 def test_row_form_keeps_its_inputs_only():
     x, block = torch.randn(50, 64).bfloat16().requires_grad_(), some_block(ROW, 8, 64, 64, torch.float32)
     kept, (changed, total) = kept_storages(lambda: ops.row_forward(x, block))
@@ -461,7 +580,9 @@ def chained(x, weight, bias, blocks):
     """One form after the other, each on what the one before it made."""
     for form, block in blocks.items():
         x = on_activations(form, x, weight, bias, block)
-    return ops.affine_linear(x, weight, bias, list(blocks.items())[:2])
+    y = ops.affine_linear(x, weight, bias, list(blocks.items())[:2])
+    y += x
+    return y
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
@@ -475,6 +596,19 @@ def test_compiles_into_one_graph(autocast):
     with torch.no_grad():
         x = torch.randn(1, 16)
         assert torch.equal(compiled(x, weight, bias, blocks), chained(x, weight, bias, blocks))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_a_weight_that_is_trained_compiles_into_one_graph(autocast):
+    torch.compiler.reset()
+
+    def steps_on_weight(x, weight, bias, blocks):
+        return ops.affine_linear(x, weight, bias, list(blocks.items()))
+
+    weight, bias = torch.randn(16, 16, requires_grad=True), torch.randn(16)
+    blocks = {form: some_block(form, 8, 16, 16, torch.float32) for form in ops.FORMS}
+    compiled = torch.compile(steps_on_weight, fullgraph=True, backend="aot_eager")
+    assert_compiled(compiled, steps_on_weight, torch.randn(2, 6, 16), weight, bias, blocks, autocast)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
@@ -491,7 +625,8 @@ def test_compiles_with_inductor():
 
 
 def assert_compiled(compiled, function, x, weight, bias, blocks, autocast):
-    inputs, results = [x.requires_grad_(), *blocks.values()], []
+    inputs = [x.requires_grad_(), *blocks.values(), *([weight] if weight.requires_grad else [])]
+    results = []
     for run in (function, compiled):
         with torch.autocast("cpu", enabled=autocast):
             y = run(x, weight, bias, blocks)

@@ -1,13 +1,13 @@
 """What a Bone adapter is: its size, its form, and where it goes."""
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from hf_ext import compat
-from hf_ext.bone_adapter.checkpoint import BIAS, form_of
+from hf_ext.bone_adapter.checkpoint import BIAS, form_of, option_problems
 
 INIT_WEIGHTS = (True, False, "bat", "bat_row")
 
@@ -56,7 +56,7 @@ class BoneConfig(PeftConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         self._check_values()
-        self._check_combinations(target_parameters)
+        self._check_options(target_parameters)
 
     @property
     def form(self) -> Literal["tile", "bat", "bat_row"]:
@@ -74,20 +74,10 @@ class BoneConfig(PeftConfig):
         if self.bias not in BIAS:
             raise ValueError(f"bias={self.bias!r} is none of {_listed(self.bias, BIAS)}")
 
-    def _check_combinations(self, target_parameters: Any) -> None:
-        if target_parameters:
-            raise ValueError(
-                f"target_parameters={target_parameters!r}: Bone adapts linear layers, not bare parameters such as the "
-                "3-D weights of fused experts. Name linear layers in target_modules, or use LoRA for these parameters."
-            )
-        for name in ("layers_to_transform", "layers_pattern"):
-            if isinstance(self.target_modules, str) and getattr(self, name) is not None:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} needs a list of target_modules; the regular expression "
-                    f"{self.target_modules!r} can say itself which layers it means."
-                )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} does nothing without layers_to_transform.")
+    def _check_options(self, target_parameters: Any) -> None:
+        options = {option.name: getattr(self, option.name) for option in fields(self)}
+        if problems := option_problems(options | {"target_parameters": target_parameters}):
+            raise ValueError("; ".join(problems))
 
 
 def _listed(value: Any, allowed: tuple[Any, ...]) -> str:

@@ -22,6 +22,15 @@ def check_form(form: str) -> None:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}")
 
 
+def check_loaded(x: Tensor, *blocks: Tensor) -> None:
+    """A product with a meta tensor does not fail on a CPU: it returns uninitialised memory."""
+    if x.device.type != "meta" and any(block.device.type == "meta" for block in blocks):
+        raise RuntimeError(
+            f"The adapter's values were never loaded: its block is on the meta device, its input on {x.device}. "
+            "Load the adapter's checkpoint, or create the adapter with low_cpu_mem_usage=False."
+        )
+
+
 # --- activations
 
 
@@ -149,6 +158,11 @@ def differentiable(*tensors: Tensor | None) -> bool:
 def flat(x: Tensor) -> Tensor:
     """(..., features) -> (T, features)."""
     return x.reshape(-1, x.shape[-1])
+
+
+def own(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A temporary as `shape`, to return from a Function: autograd lets nobody write into a view that one returns."""
+    return torch.ops.aten._unsafe_view.default(x, shape)
 
 
 def chunks(length: int, entries: int, unit: int, tensor: Tensor) -> list[slice]:

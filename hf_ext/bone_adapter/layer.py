@@ -41,7 +41,9 @@ class BoneLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.kwargs = kwargs
+        self.cast_input_dtype_enabled = True  # peft.helpers switches it; sums are formed in float32 either way
         self._kept: Any = None  # the base weight as it was, while merged
+        self._written: int | None = None  # its version when it was merged
         self.quantization_backend = compat.quantization_backend(self.get_base_layer(), **kwargs)
         self.in_features, self.out_features = compat.in_out_features(self.get_base_layer())
 
@@ -59,7 +61,7 @@ class BoneLayer(BaseTunerLayer):
             nn.init.kaiming_uniform_(block, a=math.sqrt(5))
         self.bone_r[adapter_name], self.bone_form[adapter_name] = config.r, config.form
         self.bone_block[adapter_name] = nn.Parameter(block)
-        super()._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name, compat.device_of(self.get_base_layer()))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def change_form(self, adapter_name: str, form: str) -> None:
@@ -80,10 +82,14 @@ class BoneLayer(BaseTunerLayer):
                 f'init_weights="bat" computes with the weight, which {backend.backend_name} layers do not give back. '
                 "Use the tile form (init_weights=True)."
             )
-        if backend is None and type(base).forward not in (nn.Linear.forward, Conv1D.forward):
+        if backend is None and not _has_plain_forward(base):
             raise ValueError(
                 f'init_weights="bat" replaces the forward pass of the layer, and {type(base).__name__} has one of its '
                 "own. Use the tile form (init_weights=True)."
+            )
+        if base._forward_hooks or base._forward_pre_hooks:
+            warnings.warn(
+                'init_weights="bat" replaces the forward pass of a layer with hooks: they do not run.', stacklevel=2
             )
         compat.require_readable(base, 'init_weights="bat" computes with the weight')
 
@@ -138,7 +144,9 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Tile and row form work on activations around the layer below; "bat" needs everything below it as a weight."""
-        steps = [(self.bone_form[name], self.bone_block[name]) for name in names if name in self.bone_block]
+        steps = [
+            (self.bone_form[name], self.bone_block[name]) for name in dict.fromkeys(names) if name in self.bone_block
+        ]
         on_weight = max([0, *(i + 1 for i, (form, _) in enumerate(steps) if form == "bat")])
         later = []
         for form, block in reversed(steps[on_weight:]):
@@ -162,7 +170,7 @@ class BoneLinear(nn.Module, BoneLayer):
         self._require_whole_weight("The bat form reads the weight of the layer", "Use the tile or row form")
         if self.quantization_backend is not None:
             return ops.affine_linear(x, self._weight_now, base.bias, steps)
-        return ops.affine_linear(x, self._weight_now(), base.bias, steps)
+        return ops.affine_linear(x, base.weight.T if isinstance(base, Conv1D) else base.weight, base.bias, steps)
 
     def _mixed_batch(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """Each row of the batch with the adapter that is named for it; "__base__" means none."""
@@ -173,7 +181,8 @@ class BoneLinear(nn.Module, BoneLayer):
             )
         if self.merged:
             raise ValueError(
-                f"adapter_names cannot be used while {self.merged_adapters} are merged: unmerge_adapter()."
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Merged: {', '.join(self.merged_adapters)}."
             )
         if not names:
             return self.base_layer(x)
@@ -229,6 +238,11 @@ class BoneLinear(nn.Module, BoneLayer):
                 f"{type(base).__name__} keeps its weight as {type(base.weight).__name__} of {base.weight.dtype}, which "
                 "PEFT cannot read. Serve the adapter unmerged, or merge it into the unquantised model."
             )
+        if backend is None and ("weight" not in base._parameters or not _has_plain_forward(base)):
+            raise ValueError(
+                f"{type(base).__name__} computes its weight (a parametrisation, pruning) or has a forward pass of its "
+                "own, and would not give the same after a merge. Serve the adapter unmerged."
+            )
         compat.require_readable(base, "merging reads the weight of the layer")
 
     def _require_whole_weight(self, why: str, instead: str) -> None:
@@ -270,6 +284,7 @@ class BoneLinear(nn.Module, BoneLayer):
         if self.keep_base_on_merge and not self.merged:
             self._kept = compat.keep_base(self)
         self._write(merged)
+        self._written = compat.version_of(self.get_base_layer())
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
@@ -282,6 +297,8 @@ class BoneLinear(nn.Module, BoneLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._kept is not None:
+            if compat.version_of(self.get_base_layer()) != self._written:
+                warnings.warn("The merged weight was changed since; unmerging restores what was before.", stacklevel=2)
             compat.restore_base(self, self._kept)
         else:
             warnings.warn(
@@ -290,7 +307,7 @@ class BoneLinear(nn.Module, BoneLayer):
                 stacklevel=2,
             )
             self._write(self.inverse_weight())
-        self._kept, self.merged_adapters = None, []
+        self._kept, self._written, self.merged_adapters = None, None, []
 
     def inverse_weight(self) -> Tensor:
         """The base weight `(out, in)` from the merged one, by the inverse of each form.
@@ -322,3 +339,7 @@ class BoneLinear(nn.Module, BoneLayer):
 
     def extra_repr(self) -> str:
         return compat.quantization_repr(self)
+
+
+def _has_plain_forward(base: nn.Module) -> bool:
+    return type(base).forward in (nn.Linear.forward, Conv1D.forward)

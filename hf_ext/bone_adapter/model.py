@@ -85,8 +85,8 @@ class BoneModel(BaseTuner):
         linear = isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")
         if not linear:
             raise ValueError(f"{type(base).__name__} is not supported. Bone adapts {SUPPORTED}.")
-        if isinstance(parent, nn.MultiheadAttention):
-            raise ValueError("torch.nn.MultiheadAttention reads this weight itself and would never call the adapter.")
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
+            raise ValueError(f"torch.nn.{type(parent).__name__} reads this weight itself, past the adapter.")
         return BoneLinear(target, adapter_name, config, **arguments)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -97,10 +97,8 @@ class BoneModel(BaseTuner):
                     BaseTunerLayer._move_adapter_to_device_of_base_layer(layer, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if new_module is getattr(child, "base_layer", None) and not hasattr(new_module, "weight"):
-            setattr(parent, child_name, new_module)  # the host would copy a weight, which HQQ and GPTQ have not
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        """Nothing else: the host would copy a weight that HQQ has not, and send blocks after an offloaded one."""
+        setattr(parent, child_name, new_module)
 
     def _layers(self) -> Iterator[BoneLayer]:
         return (module for module in self.model.modules() if isinstance(module, BoneLayer))
@@ -223,9 +221,9 @@ class BoneModel(BaseTuner):
             if not new:
                 continue
             with onload_layer(layer):
-                self._refuse_tied(path, layer)
                 try:
                     layer.check_merge()
+                    self._refuse_tied(path, layer)
                     if safe_merge:
                         layer.merged_weight([*layer.merged_adapters, *new] if layer.keeps_base else new, safe_merge)
                 except (ValueError, RuntimeError) as error:
@@ -234,11 +232,11 @@ class BoneModel(BaseTuner):
     def _refuse_tied(self, path: str, layer: BoneLayer) -> None:
         weight = getattr(layer.get_base_layer(), "weight", None)  # HQQ and GPTQ have their parts under other names
         for name, other in self.model.named_parameters(remove_duplicate=False):
-            if other is weight and not name.startswith(f"{path}."):
+            if weight is not None and not name.startswith(f"{path}.") and _overlap(weight, other):
                 raise ValueError(
                     f"{path} shares its weight with {name.removesuffix('.weight')}: merging would change both. Load "
                     "the model with tie_word_embeddings=False and copy the weight, or serve the adapter unmerged, "
-                    "for instance as LoRA (hf_ext.bone_adapter.convert_to_lora). Nothing was changed."
+                    "for instance as LoRA (hf_ext.bone_adapter.convert_to_lora)."
                 )
 
     # --- arithmetic with adapters
@@ -294,3 +292,11 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             if not layer.bone_block:
                 parent, _, name = path.rpartition(".")
                 setattr(model.get_submodule(parent), name, layer.base_layer)
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors lie in the same memory, at least in part."""
+    if a is b or not all(type(t.data) is Tensor and not t.is_meta for t in (a, b)) or a.device != b.device:
+        return a is b  # other kinds of tensors have no address
+    (start, end), (other, other_end) = ((t.data_ptr(), t.data_ptr() + t.nbytes) for t in (a, b))
+    return start < other_end and other < end

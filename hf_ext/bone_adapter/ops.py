@@ -18,10 +18,12 @@ from hf_ext.bone_adapter.affine import affine_linear
 from hf_ext.bone_adapter.kernels import (
     FORMS,
     check_form,
+    check_loaded,
     chunks,
     differentiable,
     flat,
     no_autocast,
+    own,
     product_dtype,
     row_product,
     slice_sum,
@@ -109,7 +111,11 @@ def tile_forward(y: Tensor, x: Tensor, block: Tensor) -> Tensor:
 
     y (..., out) the output of the base layer, x (..., in), block (r, out); returns (..., out) in y's dtype. The update
     is added before rounding. Keeps s (T, r) for backward, not x.
+
+    Raises:
+        RuntimeError: a block on the meta device for an x that is not.
     """
+    check_loaded(x, block)
     product = product_dtype(y, wide(y, x, block))
     with no_autocast(x):
         if differentiable(y, x, block):
@@ -121,7 +127,11 @@ def row_forward(x: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
     """The row form on activations: (x + u, sum_j u_j) with u_j = b_j x_j; then y = base(x + u) + tile(sum_j u_j).
 
     x (..., in), block (in/r, r, r); returns (..., in) in x's dtype and (..., r) in at least float32. Keeps x only.
+
+    Raises:
+        RuntimeError: a block on the meta device for an x that is not.
     """
+    check_loaded(x, block)
     product = product_dtype(x, wide(x, block))
     with no_autocast(x):
         return _Row.apply(x, block, product) if differentiable(x, block) else _row(x, block, product)
@@ -144,7 +154,7 @@ def _tile(y: Tensor, x: Tensor, block: Tensor, product: torch.dtype) -> tuple[Te
         return torch.addmm(y.to(product), s.to(product), b).to(y.dtype), s
 
     out, s = _by_tokens(add, flat(y), flat(x))
-    return out.view(y.shape), s
+    return own(out, y.shape), s
 
 
 def _row(x: Tensor, block: Tensor, product: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -155,14 +165,14 @@ def _row(x: Tensor, block: Tensor, product: torch.dtype) -> tuple[Tensor, Tensor
         return new.to(x.dtype), total
 
     new, total = _by_tokens(change, flat(x))
-    return new.view(x.shape), total.view(*x.shape[:-1], total.shape[-1])
+    return own(new, x.shape), own(total, (*x.shape[:-1], total.shape[-1]))
 
 
 def _add_tiled(y: Tensor, t: Tensor) -> Tensor:
     def add(y: Tensor, t: Tensor) -> list[Tensor]:
         return [(y.unflatten(1, (-1, t.shape[1])) + t[:, None]).to(y.dtype).flatten(1)]
 
-    return _by_tokens(add, flat(y), flat(t))[0].view(y.shape)
+    return own(_by_tokens(add, flat(y), flat(t))[0], y.shape)
 
 
 class _Tile(Function):

@@ -56,13 +56,15 @@ def plan(
     """
     if adapter_name in configs:
         raise ValueError(f"There is an adapter {adapter_name!r} already; choose another name or delete_adapter() it.")
+    if isinstance(adapters, str) or isinstance(weights, (str, int, float)):
+        raise ValueError(f"adapters and weights are lists: got {adapters!r} and {weights!r}.")
     if unknown := [name for name in adapters if name not in configs]:
         raise ValueError(f"No adapter {', '.join(map(repr, unknown))}; there are {', '.join(configs)}.")
     if not adapters or len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
         raise ValueError(
             f"One weight for each of at least one distinct adapter: got {list(adapters)}, {list(weights)}."
         )
-    if not all(math.isfinite(weight) for weight in weights):
+    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
         raise ValueError(f"The weights have to be finite numbers: got {list(weights)}.")
     chosen = [configs[name] for name in adapters]
     if lost := [name for name in adapters if configs[name].bias != "none" or configs[name].modules_to_save]:

@@ -35,6 +35,7 @@ from hf_ext.compat.peft import (
     require_whole_weight,
     resolve_all_linear,
     restore_base,
+    version_of,
     warn_of_lost_biases,
 )
 from hf_ext.compat.torch import (

@@ -142,9 +142,20 @@ def in_out_features(base_layer: Any) -> tuple[int, int]:
 
 
 def device_of(base_layer: Any) -> Any | None:
-    """Where the weight of a layer lies; None where it has none by a name that we know."""
-    weight = getattr(base_layer, "weight", getattr(base_layer, "qweight", None))
+    """Where a layer computes; None where it has no weight by a name that we know."""
+    weight = next((w for n in ("weight", "qweight", "W_q") if (w := getattr(base_layer, n, None)) is not None), None)
+    hook = getattr(base_layer, "_hf_hook", None)
+    if weight is not None and weight.is_meta and getattr(hook, "execution_device", None) is not None:
+        import torch
+
+        return torch.device(hook.execution_device)  # accelerate brings an offloaded weight there for its forward
     return None if weight is None else weight.device
+
+
+def version_of(base_layer: Any) -> int | None:
+    """Changes with every write into the weight of a plain layer but those of peft and of ours."""
+    weight = getattr(base_layer, "weight", None)
+    return None if weight is None or weight.is_inference() else weight._version
 
 
 def require_whole_weight(weight: Any, why: str, instead: str) -> None:
