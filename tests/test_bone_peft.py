@@ -10,7 +10,6 @@ import peft
 import pytest
 import torch
 from peft import BoneConfig, PeftModel, get_peft_model
-from peft.tuners.lora.conversion import convert_to_lora
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -177,8 +176,9 @@ def test_the_base_state_dict_knows_no_adapter(options):
 
 @pytest.mark.parametrize(("options", "worst"), [(FORMS["tile"], 1e-5), (FORMS["bat"], None)], ids=["tile", "bat"])
 def test_the_conversion_of_the_host(options, worst):
+    conversion = pytest.importorskip("peft.tuners.lora.conversion")
     model = mlp(options)
-    config, state = convert_to_lora(model, rank=10 if worst is None else 2)
+    config, state = conversion.convert_to_lora(model, rank=10 if worst is None else 2)
     torch.manual_seed(0)
     lora = get_peft_model(MLP(), config).eval()
     peft.set_peft_model_state_dict(lora, state)

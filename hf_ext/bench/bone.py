@@ -4,6 +4,7 @@ MiSS's bat form is the algorithm that PEFT's Bone had. LoRA has as many paramete
 On the CPU with one thread, by CPU time; on CUDA where there is a device (bone_cuda.py).
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -172,7 +173,8 @@ def memory_of(method: str, case: str, shrink: int) -> float:
     """MiB that three training steps of one layer, its weight included, add to this process."""
     torch.set_num_threads(1)
     dtype, r, tokens = CASES[case]
-    layer(method, 16, dtype, 4)  # what is loaded on first use is not the method's
+    small = torch.randn(4, 16, dtype=dtype, requires_grad=True)
+    step(layer(method, 16, dtype, 4), small, torch.ones_like(small))  # what is loaded on first use is not the method's
     before = _peak_memory()
     module = layer(method, WIDTH // shrink, dtype, r)
     x = torch.randn(tokens // shrink, WIDTH // shrink, dtype=dtype, requires_grad=True)
@@ -194,7 +196,10 @@ def _memory(shrink: int) -> Iterator[Row]:
 
     def fresh(method: str, case: str) -> float:
         command = [sys.executable, "-c", _MEMORY, method, case, str(shrink)]
-        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        # Every tensor of some size in pages of its own: what is freed leaves the process at once.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        return float(done.stdout)
 
     for case in CASES:
         peers = {peer: fresh(peer, case) for peer in (FROZEN, LORA, OLD)}
