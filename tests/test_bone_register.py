@@ -57,6 +57,7 @@ def test_undo_leaves_the_host_as_it_was(unregistered):
     before = state_of_the_host()
     assert "BONE" not in PeftType.__members__
     assert not hasattr(PeftType, "BONE")
+    assert list(PeftType) == list(PeftType.__members__.values())
     register.add()
     assert state_of_the_host() != before
     register.remove()

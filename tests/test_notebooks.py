@@ -39,6 +39,18 @@ print(json.dumps({
 }))
 """
 
+BONE_FACTS = """
+import json
+print(json.dumps({
+    "parameters": parameters, "kept": kept, "rates": RATES, "tuning": [list(tuning[m].values()) for m in METHODS],
+    "best": list(best.values()), "orders": list(orders.values()), "loss": loss, "verdicts": verdicts,
+    "seeds": [list(TUNING_SEEDS), list(SEEDS)], "splits": [x.tolist() for x in (training, validation, test)],
+    "ratios": list(ratios.values()), "moved": moved, "apart": apart,
+    "errors": list(export.errors.values()), "exported": [export.config.peft_type.value, export.config.r],
+    "layers": sorted({type(m).__module__ for m in stock.modules() if hasattr(m, "base_layer")}),
+}))
+"""
+
 
 @pytest.fixture(params=SOURCES, ids=lambda path: path.stem)
 def pair(request):
@@ -72,29 +84,37 @@ def test_executed_copy_is_small_and_tells_no_path(pair):
     assert len(nbformat.writes(pair[1])) < 1_500_000
 
 
-# --- AnchorAttention
+def run(name, facts, folder):
+    """The facts and the executed notebook of a quick run."""
+    for needed in ("nbclient", "ipykernel", "matplotlib", "scipy"):
+        pytest.importorskip(needed)
+    executed = folder / f"{name}.ipynb"
+    command = [sys.executable, "-c", RUN, str(FOLDER / f"{name}.py"), str(executed)]
+    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {"HF_EXT_QUICK": "1"}
+    done = subprocess.run(command, input=facts, env=env, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    notebook = nbformat.read(executed, as_version=4)
+    return json.loads(notebook.cells.pop().outputs[0].text), notebook
 
 
 @pytest.fixture(scope="module")
 def anchor(tmp_path_factory):
-    pytest.importorskip("nbclient")
-    pytest.importorskip("ipykernel")
-    pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    executed = tmp_path_factory.mktemp("notebooks") / "anchor_attention.ipynb"
-    command = [sys.executable, "-c", RUN, str(FOLDER / "anchor_attention.py"), str(executed)]
-    env = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | {"HF_EXT_QUICK": "1"}
-    done = subprocess.run(command, input=ANCHOR_FACTS, env=env, cwd=executed.parent, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    notebook = nbformat.read(executed, as_version=4)
-    facts = json.loads(notebook.cells.pop().outputs[0].text)
-    return facts, notebook
+    return run("anchor_attention", ANCHOR_FACTS, tmp_path_factory.mktemp("anchor"))
 
 
-def test_a_fresh_run_is_quiet_and_draws_its_figures(anchor):
-    _, notebook = anchor
+@pytest.fixture(scope="module")
+def bone(tmp_path_factory):
+    return run("bone_adapter", BONE_FACTS, tmp_path_factory.mktemp("bone"))
+
+
+@pytest.mark.parametrize(("name", "figures"), [("anchor", 4), ("bone", 2)])
+def test_a_fresh_run_is_quiet_and_draws_its_figures(name, figures, request):
+    _, notebook = request.getfixturevalue(name)
     assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == figures
+
+
+# --- AnchorAttention
 
 
 def test_documents_are_apart_and_both_layouts_agree(anchor):
@@ -158,3 +178,71 @@ def test_intra_document_attention_is_the_same_model_with_and_without_reset(ancho
     loss = anchor[0]["loss"]
     assert loss["intra-document"] == pytest.approx(loss["intra-document, reset"], abs=1e-3)
     assert abs(loss["full attention"][0] - loss["AnchorAttention"][0]) > 1e-3
+
+
+# --- Bone: six methods, of which the first is LoRA, the third the tile form and the last MiSS
+
+
+def test_methods_train_equally_many_numbers(bone):
+    outputs_of_a_layer = 64 * 4 + 192 + 64  # q, k, v and o, gate, down
+    assert set(bone[0]["parameters"].values()) == {2 * outputs_of_a_layer * 8}
+
+
+def test_what_is_kept_for_backward_is_what_each_method_needs(bone):
+    kept, tokens = bone[0]["kept"], 8 * 128
+    inputs = tokens * (64 + 64 + 192) * 4 * 2  # of q, k and v, of gate, of down; o's is kept by attention
+    sums = 12 * tokens * 8 * 4
+    assert kept["Bone, tile"] == kept["MiSS"] == sums
+    assert kept["Bone, bat"] == kept["Bone, bat_row"] == inputs
+    assert kept["LoRA"] == kept["PiSSA"] == inputs + sums // 2
+
+
+def test_rates_are_chosen_on_other_rows_and_seeds_than_the_comparison_uses(bone):
+    facts, _ = bone
+    assert not set(facts["seeds"][0]) & set(facts["seeds"][1])
+    training, validation, test = ({tuple(row) for row in split} for split in facts["splits"])
+    assert not (training & validation or training & test or validation & test)
+    rates = facts["rates"]
+    assert rates[-1] / rates[0] == pytest.approx(100)
+    for by_rate, best in zip(facts["tuning"], facts["best"], strict=True):
+        means = [sum(losses) / len(facts["seeds"][0]) for losses in by_rate]
+        assert best == rates[min(range(len(rates)), key=means.__getitem__)]
+
+
+def test_orders_are_those_of_the_losses_at_each_rate(bone):
+    facts, _ = bone
+    names = list(facts["parameters"])
+    for i, order in enumerate(facts["orders"][:-1]):
+        losses = {name: sum(by_rate[i]) for name, by_rate in zip(names, facts["tuning"], strict=True)}
+        assert [losses[name] for name in order] == sorted(losses.values())
+
+
+def test_verdicts_are_those_of_a_paired_t_test(bone):
+    from scipy.stats import ttest_rel
+
+    loss, verdicts = bone[0]["loss"], bone[0]["verdicts"]
+    assert list(verdicts) == list(loss)[1:]
+    for method, verdict in verdicts.items():
+        test = ttest_rel(loss[method], loss["LoRA"])
+        sign = "better" if test.statistic < 0 else "worse"
+        assert verdict == (sign if test.pvalue < 0.05 else "no difference shown")
+
+
+def test_miss_is_the_tile_form_and_every_other_method_is_itself(bone):
+    loss = bone[0]["loss"]
+    assert loss["MiSS"] == pytest.approx(loss["Bone, tile"], abs=1e-4)
+    assert len({round(values[0], 6) for name, values in loss.items() if name != "MiSS"}) == 5
+
+
+def test_gradients_of_the_tile_form_are_larger_in_every_layer(bone):
+    ratios = bone[0]["ratios"]
+    assert len(ratios) == 12
+    assert min(ratios) > 1.5
+
+
+def test_bone_runs_as_stock_lora(bone):
+    facts, _ = bone
+    assert facts["layers"] == ["peft.tuners.lora.layer"]
+    assert facts["exported"] == ["LORA", 8]
+    assert facts["errors"] == [0.0] * 12
+    assert facts["apart"] < 1e-4 < 0.01 < facts["moved"]

@@ -26,7 +26,7 @@ def peft_type(name: str) -> Any:
     from peft.utils.peft_types import PeftType
 
     if name in PeftType.__members__:
-        return PeftType[name]
+        return _PEFT_TYPES.setdefault(name, PeftType[name])
     if name not in _PEFT_TYPES:
         member = str.__new__(PeftType, name)
         member._name_ = member._value_ = name
@@ -76,7 +76,6 @@ def remove_peft_method(name: str, public: Mapping[str, type], config: type, mode
         type.__delattr__(PeftType, member.name)
         PeftType._member_names_.remove(member.name)
         del PeftType._member_map_[member.name], PeftType._value2member_map_[member.value]
-        _PEFT_TYPES[member.name] = member
     release_all(entries, host="peft")
 
 
