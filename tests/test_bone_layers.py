@@ -6,7 +6,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import BoneConfig, get_peft_model, inject_adapter_in_model
+from peft import BoneConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
@@ -172,3 +172,18 @@ def test_blocks_without_values_are_not_computed_with(init_weights):
     model = inject_adapter_in_model(config, nn.Sequential(nn.Linear(8, 12)), low_cpu_mem_usage=True)
     with pytest.raises(RuntimeError, match="never loaded"):
         model(X)
+
+
+@pytest.mark.parametrize("init_weights", FORMS)
+def test_a_layer_with_an_adapter_of_another_method_is_refused(init_weights):
+    net = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(8, 12)))
+    before = net(X)
+    with pytest.raises(ValueError, match="0: the layer carries an adapter of another method, Linear"):
+        inject_adapter_in_model(BoneConfig(r=4, init_weights=init_weights, target_modules=["0"]), net)
+    assert torch.equal(net(X), before)
+
+
+def test_a_state_dict_on_meta_loads():
+    model = adapted(nn.Linear(8, 12))
+    model.load_state_dict({key: value.to("meta") for key, value in model.state_dict().items()}, assign=True)
+    assert model.base_model.model[0].bone_block["default"].is_meta

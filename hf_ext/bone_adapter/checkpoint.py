@@ -282,7 +282,7 @@ def shown(shape: Sequence[int | str]) -> str:
 
 
 def _non_finite(tensor: Tensor) -> int:
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or tensor.is_meta:
         return 0
     # Eight-bit floats are stored but hardly computed with.
     return int((~torch.isfinite(tensor.float() if tensor.dtype.itemsize == 1 else tensor)).sum())

@@ -79,12 +79,15 @@ class BoneModel(BaseTuner):
     def _create_new_module(
         self, config: BoneConfig, adapter_name: str, target: nn.Module, parent: nn.Module
     ) -> BoneLinear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(
+                f"the layer carries an adapter of another method, {type(target).__name__}: take it off first."
+            )
         arguments = compat.quantization_arguments(self)
-        backend = compat.quantization_backend(base, **arguments)
-        linear = isinstance(base, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")
+        backend = compat.quantization_backend(target, **arguments)
+        linear = isinstance(target, (nn.Linear, Conv1D)) or (backend is not None and backend.layer_type == "linear")
         if not linear:
-            raise ValueError(f"{type(base).__name__} is not supported. Bone adapts {SUPPORTED}.")
+            raise ValueError(f"{type(target).__name__} is not supported. Bone adapts {SUPPORTED}.")
         if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)):
             raise ValueError(f"torch.nn.{type(parent).__name__} reads this weight itself, past the adapter.")
         return BoneLinear(target, adapter_name, config, **arguments)
