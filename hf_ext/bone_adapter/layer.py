@@ -138,12 +138,12 @@ class BoneLinear(nn.Module, BoneLayer):
             return self._mixed_batch(x, adapter_names)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if not torch.compiler.is_compiling():
-            compat.announce("BONE", forms=",".join(dict.fromkeys(self.bone_form.values())))
         return self._adapted(x, self.active_adapters, *args, **kwargs)
 
     def _adapted(self, x: Tensor, names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         """Tile and row form work on activations around the layer below; "bat" needs everything below it as a weight."""
+        if not torch.compiler.is_compiling():
+            compat.announce("BONE", forms=",".join(dict.fromkeys(self.bone_form.values())))
         steps = [
             (self.bone_form[name], self.bone_block[name]) for name in dict.fromkeys(names) if name in self.bone_block
         ]
