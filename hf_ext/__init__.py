@@ -14,9 +14,10 @@ TYPE_CHECKING = False  # importing typing would cost more than this whole packag
 if TYPE_CHECKING:
     from typing import Any
 
-    from hf_ext import anchor_attention, bone_adapter
+    from hf_ext import anchor_attention, bone_adapter, ofq_quantizer
     from hf_ext.anchor_attention import AnchorCollator, AnchorPacking
     from hf_ext.bone_adapter import BoneConfig, BoneLinear, BoneModel
+    from hf_ext.ofq_quantizer import OFQConfig
     from hf_ext.registry import RegistrationError, register, status, unregister
 
 __version__ = "0.1.0"
@@ -27,9 +28,11 @@ __all__ = [
     "BoneConfig",
     "BoneLinear",
     "BoneModel",
+    "OFQConfig",
     "RegistrationError",
     "anchor_attention",
     "bone_adapter",
+    "ofq_quantizer",
     "register",
     "status",
     "unregister",
@@ -41,12 +44,13 @@ _HOME = {
     "BoneConfig": "hf_ext.bone_adapter",
     "BoneLinear": "hf_ext.bone_adapter",
     "BoneModel": "hf_ext.bone_adapter",
+    "OFQConfig": "hf_ext.ofq_quantizer",
     "RegistrationError": "hf_ext.registry",
     "register": "hf_ext.registry",
     "status": "hf_ext.registry",
     "unregister": "hf_ext.registry",
 }
-_PACKAGES = ("anchor_attention", "bone_adapter")
+_PACKAGES = ("anchor_attention", "bone_adapter", "ofq_quantizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -52,6 +52,14 @@ TABLE = (
         add="hf_ext.bone_adapter.register:add",
         remove="hf_ext.bone_adapter.register:remove",
     ),
+    Row(
+        host="timm",
+        module="timm.models",
+        when="after",
+        names=tuple(f"ofq_w{w}a{a}{qkr}" for w in (2, 3, 4) for a in (2, 3, 4, 8) for qkr in ("", "_qkr")),
+        add="hf_ext.ofq_quantizer.register:add_to_timm",
+        remove="hf_ext.ofq_quantizer.register:remove_from_timm",
+    ),
 )
 
 

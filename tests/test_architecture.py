@@ -26,7 +26,7 @@ HEAVY = {"torch", "numpy", "numba", "rich", "typer", *HOSTS}
 PURE = {
     *("reference", "ops", "kernels", "segments", "engines"),
     *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice", "frame", "positions", "models"),
-    "affine",
+    *("affine", "attention_ops"),
 }
 
 

@@ -394,6 +394,7 @@ USABLE = {
     "transformers": "all(name in table for name in ('anchor', 'anchor_continuous')"
     " for table in (modeling.ALL_ATTENTION_FUNCTIONS, masking.ALL_MASK_ATTENTION_FUNCTIONS))",
     "peft": "__import__('peft').get_peft_config({'peft_type': 'BONE'}).peft_type.value == 'BONE'",
+    "timm": "__import__('timm').is_model('ofq_w2a2')",
 }
 CHECK = f"""
 {TRACES}
@@ -409,13 +410,14 @@ def problems():
 """
 REPORT = f"{CHECK}\nprint(json.dumps(problems()))"
 
-# The index's torchvision cannot be imported beside a CPU torch without us, so it is taken away where we are off.
+# The index's torchvision cannot be imported beside a CPU torch without us, so it is taken away where we are off, and
+# timm with it.
 NO_TORCHVISION = "import sys; sys.modules['torchvision'] = None"
 SWITCHED_OFF = f"""
 {NO_TORCHVISION}
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
-{CHECK.replace("__import__('torchvision').__version__", "True")}
+{CHECK.replace(USABLE["torchvision"], "True").replace(USABLE["timm"], "True")}
 assert "hf_ext" not in sys.modules
 
 def snapshot():

@@ -38,6 +38,22 @@ from hf_ext.compat.peft import (
     version_of,
     warn_of_lost_biases,
 )
+from hf_ext.compat.quantizers import (
+    QuantizerHooks,
+    add_quantizer,
+    attention_owns_output,
+    disk_names,
+    remove_quantizer,
+    renamings,
+    use_disk_names,
+    vision_attention,
+)
+from hf_ext.compat.timm import (
+    add_timm_models,
+    create_timm_model,
+    load_timm_weights,
+    remove_timm_models,
+)
 from hf_ext.compat.torch import (
     add_torchvision_schemas,
     context_parallelism_is_on,

@@ -1,0 +1,92 @@
+"""OFQ: oscillation-free quantisation of vision transformers to 2 to 4 bits (arXiv 2302.02210)."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_ext.ofq_quantizer.annealing import ConfidenceAnnealing, ConfidenceAnnealingCallback
+    from hf_ext.ofq_quantizer.config import OFQConfig
+    from hf_ext.ofq_quantizer.convert import activation_quantizers, calibrate, full_precision, quantize
+    from hf_ext.ofq_quantizer.distillation import distillation_loss, distillation_loss_func
+    from hf_ext.ofq_quantizer.freeze import IntegerWeight, freeze
+    from hf_ext.ofq_quantizer.integer import to_int8
+    from hf_ext.ofq_quantizer.onnx_export import export_onnx
+    from hf_ext.ofq_quantizer.ops import low_confidence, lsq, lsq_init, statsq, statsq_codes
+    from hf_ext.ofq_quantizer.oscillation import OscillationCallback, OscillationTracker
+    from hf_ext.ofq_quantizer.packed import export_fp, load_packed, save_packed
+    from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
+    from hf_ext.ofq_quantizer.report import OFQReport, report
+
+__all__ = [
+    "ConfidenceAnnealing",
+    "ConfidenceAnnealingCallback",
+    "IntegerWeight",
+    "OFQConfig",
+    "OFQReport",
+    "OscillationCallback",
+    "OscillationTracker",
+    "activation_quantizers",
+    "calibrate",
+    "distillation_loss",
+    "distillation_loss_func",
+    "export_fp",
+    "export_onnx",
+    "freeze",
+    "full_precision",
+    "load_packed",
+    "low_confidence",
+    "lsq",
+    "lsq_init",
+    "pack_codes",
+    "quantize",
+    "report",
+    "save_packed",
+    "statsq",
+    "statsq_codes",
+    "to_int8",
+    "unpack_codes",
+]
+
+# Read on first use: every `import timm` imports this package, and every model of transformers its configuration.
+_HOME = {
+    "ConfidenceAnnealing": "annealing",
+    "ConfidenceAnnealingCallback": "annealing",
+    "IntegerWeight": "freeze",
+    "OFQConfig": "config",
+    "OFQReport": "report",
+    "OscillationCallback": "oscillation",
+    "OscillationTracker": "oscillation",
+    "activation_quantizers": "convert",
+    "calibrate": "convert",
+    "distillation_loss": "distillation",
+    "distillation_loss_func": "distillation",
+    "export_fp": "packed",
+    "export_onnx": "onnx_export",
+    "freeze": "freeze",
+    "full_precision": "convert",
+    "load_packed": "packed",
+    "low_confidence": "ops",
+    "lsq": "ops",
+    "lsq_init": "ops",
+    "pack_codes": "packing",
+    "quantize": "convert",
+    "report": "report",
+    "save_packed": "packed",
+    "statsq": "ops",
+    "statsq_codes": "ops",
+    "to_int8": "integer",
+    "unpack_codes": "packing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name in _HOME:
+        # Under the name from now on: a module of the same name, once loaded, would stand in the function's place.
+        globals()[name] = found = getattr(import_module(f"hf_ext.ofq_quantizer.{_HOME[name]}"), name)
+        return found
+    raise AttributeError(f"module 'hf_ext.ofq_quantizer' has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,201 @@
+"""Attention with every factor rounded: queries, keys, probabilities and values, or QKR instead of the first two."""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hf_ext.ofq_quantizer import ops
+from hf_ext.ofq_quantizer.attention_ops import quantized_attention
+from hf_ext.ofq_quantizer.layers import QuantLinear, linear
+from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
+
+
+class QuantAttention(nn.Module):
+    """Goes before a host's attention class; the subclass overrides `forward` with the host's signature.
+
+    Adds `q_quantizer`, `k_quantizer`, `v_quantizer` and `probs_quantizer`, or with QKR (section 4.3) `input_quantizer`,
+    `qkx_quantizer`, `v_quantizer` and `probs_quantizer`. `input_quantizer` exists without QKR as well where several
+    layers read the same input.
+    """
+
+    switches: Switches
+    heads: int
+    executed: bool
+    reparametrized: bool
+    left_alone: ClassVar[dict[str, str]] = {}  # children with layers that stay as they are -> why
+
+    def reparam_problem(self) -> str | None:
+        """Why QKR is not defined for this module; None where it is."""
+        return None
+
+    @property
+    def projections(self) -> tuple[QuantLinear, ...]:
+        """(qkv,) or (query, key, value)."""
+        return (self.qkv,)
+
+    def factor(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight (heads * head_dim, width) and bias of the query (0), key (1) or value (2)."""
+        if len(self.projections) == 3:
+            layer = self.projections[index]
+            return layer.weight, layer.bias
+        (layer,) = self.projections
+        bias = self.joint_bias()
+        return layer.weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index]
+
+    def joint_bias(self) -> Tensor | None:
+        """Bias of a joint projection (3 * heads * head_dim)."""
+        return self.projections[0].bias
+
+    @property
+    def query_weight(self) -> Tensor:
+        return self.factor(0)[0]
+
+    @property
+    def key_weight(self) -> Tensor:
+        return self.factor(1)[0]
+
+    @property
+    def value_weight(self) -> Tensor:
+        return self.factor(2)[0]
+
+    def set_up(self, switches: Switches, tokens: int) -> None:
+        """Turn a host's attention, whose class has just been changed, into a quantised one.
+
+        tokens: number of tokens a sequence, as the probing forward saw it.
+        """
+        self.switches, self.executed = switches, False
+        self.heads, self.reparametrized = self.head_count(), switches.config.qk_reparam
+        inner, width = self.query_weight.shape
+        if self.reparametrized:
+            self.input_quantizer = self._quantizer(tokens, width, width)
+            self.qkx_quantizer = self._quantizer(tokens * self.heads, width, per_head=True)
+            for layer in self.projections if len(self.projections) == 1 else self.projections[:2]:
+                layer.reparametrized = True
+        else:
+            if len(self.projections) == 3:
+                self.input_quantizer = self._quantizer(tokens, width, width)
+            self.q_quantizer = self._quantizer(tokens, inner, inner)
+            self.k_quantizer = self._quantizer(tokens, inner)
+        self.v_quantizer = self._quantizer(inner, inner, inner, axis=-1)
+        self.probs_quantizer = self._quantizer(tokens, positive=True)
+
+    def head_count(self) -> int:
+        """Number of heads."""
+        return self.num_heads
+
+    def _quantizer(
+        self, size: int, bias_in: int = 0, bias_out: int = 0, axis: int | None = -2, **options: bool
+    ) -> ActivationQuantizer:
+        config = self.switches.config
+        if axis == -2 and config.activation_scale == "tensor":
+            size, axis = 1, None
+        return ActivationQuantizer(
+            config.a_bits,
+            axis=axis,
+            size=size,
+            bias_in=bias_in,
+            bias_out=bias_out,
+            heads=self.heads,
+            switches=self.switches,
+            like=self.query_weight,
+            **options,
+        ).train(self.training)
+
+    def split(self, x: Tensor) -> Tensor:
+        """(batch, tokens, heads * d) -> (batch, heads, tokens, d)."""
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, logit_bias: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        """softmax(q k^T scaling + logit_bias) v with all four factors rounded.
+
+        q, k, v: (batch, heads, tokens, head_dim); logit_bias broadcasts against (batch, heads, tokens, tokens).
+        Returns (batch, tokens, heads * head_dim).
+        """
+        return self._attend(q, k, v, self.q_quantizer, self.k_quantizer, scaling, logit_bias, dropout)
+
+    def reparam_attend(
+        self, x: Tensor, scaling: float, logit_bias: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
+        """The same from the input x (batch, tokens, width), with the product W_q^T W_k rounded as one (QKR)."""
+        product = self.qk_product()
+        if self.switches.boundary_range is not None and not self.switches.config.reference_compat:
+            product = ops.mask_gradient(product, self._trainable(product))
+        weights = self.projections[-1].weight_quantizer()
+        t = self.split(linear(x, product, None, self.input_quantizer, weights))
+        v = self.split(linear(x, *self.factor(2), self.input_quantizer, weights))
+        u = self._query_bias_term(x)
+        if u is not None:
+            logit_bias = u * scaling if logit_bias is None else logit_bias + u * scaling
+        for layer in self.projections:
+            layer.executed = True
+        return self._attend(
+            x.unsqueeze(1), t, v, self.input_quantizer, self.qkx_quantizer, scaling, logit_bias, dropout
+        )
+
+    def qk_product(self) -> Tensor:
+        """A, (heads * width, width) float32: W_q,h^T W_k,h of every head."""
+        with torch.autocast(self.query_weight.device.type, enabled=False):
+            q, k = (self.factor(index)[0].float().unflatten(0, (self.heads, -1)) for index in (0, 1))
+            return (q.transpose(1, 2) @ k).flatten(0, 1)
+
+    def low_bit_weights(self) -> dict[str, Tensor]:
+        """The weights that StatsQ rounds and that are no layer of their own, by the last part of their name."""
+        if not self.reparametrized:
+            return {}
+        joint = len(self.projections) == 1
+        return {"qk": self.qk_product()} | ({"v": self.value_weight} if joint else {})
+
+    def _trainable(self, product: Tensor) -> Tensor:
+        config = self.switches.config
+        return ops.low_confidence(
+            product.detach(), config.w_bits, self.switches.boundary_range, config.weight_scale_coefficient
+        )
+
+    def _query_bias_term(self, x: Tensor) -> Tensor | None:
+        """x^ u of every key, (batch, heads, 1, tokens), u_h = W_k,h^T b_q,h."""
+        bias = self.factor(0)[1]
+        if bias is None or self.switches.config.reference_compat:
+            return None
+        key = self.key_weight
+        with torch.autocast(x.device.type, enabled=False):
+            key = (key if self.switches.boundary_range is None else key.detach()).float()
+            u = torch.einsum(
+                "hdc,hd->hc", key.unflatten(0, (self.heads, -1)), bias.float().unflatten(0, (self.heads, -1))
+            )
+            return F.linear(self.input_quantizer(x).float(), u).transpose(1, 2).unsqueeze(2).to(x.dtype)
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: ActivationQuantizer,
+        right: ActivationQuantizer,
+        scaling: float,
+        logit_bias: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        self.executed = True
+        self.switches.announce()
+        quantizers = (left, right, self.v_quantizer, self.probs_quantizer)
+        dropout = dropout if self.training else 0.0
+        if (
+            self.switches.rounding
+            and not dropout
+            and not self.switches.calibrating
+            and all(a.ready for a in quantizers)
+        ):
+            left, right, values = (a.activation(x) for a, x in zip(quantizers, (q, k, v), strict=False))
+            probs = self.probs_quantizer.activation(v)  # as many tokens
+            return quantized_attention(q, k, v, left, right, values, probs, scaling, logit_bias)
+        # Scales of the probabilities need the probabilities themselves; dropout comes after their rounding.
+        q, k, v = left(q), right(k), self.v_quantizer(v)
+        logits = q @ k.transpose(-2, -1) * scaling
+        if logit_bias is not None:
+            logits = logits + logit_bias
+        probs = self.probs_quantizer(logits.softmax(-1))
+        return (F.dropout(probs, dropout) @ v).transpose(1, 2).flatten(2)

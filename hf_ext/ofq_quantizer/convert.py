@@ -1,0 +1,169 @@
+"""From a full-precision model to a quantised one, and the first values of its scales."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_ext.ofq_quantizer.attention import QuantAttention
+from hf_ext.ofq_quantizer.config import OFQConfig
+from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
+from hf_ext.ofq_quantizer.plan import make_plan
+from hf_ext.ofq_quantizer.probe import evaluation
+from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
+
+
+def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Module:
+    """Quantise a vision transformer of timm or transformers in place; every tensor it has keeps its name and value.
+
+    `name` is what HF_EXT_DEBUG=1 calls it. Returns the model, not calibrated yet: the first training step gives the scales their values, or `calibrate` does.
+
+    Raises:
+        ValueError: the model has no attention that is supported, or one that is not; it is quantised already; its
+            number of tokens varies; QKR is not defined for it; a skip pattern matches nothing. The model is untouched.
+    """
+    if not isinstance(config, OFQConfig):
+        raise TypeError(f"config must be an OFQConfig, not {type(config).__name__}; OFQConfig.from_dict reads a dict")
+    plan = make_plan(model, config)
+    switches = Switches(config, name)
+    modules = dict(model.named_modules())
+    for name, (tokens, unsigned) in plan.low_bit.items():
+        _convert_linear(modules[name], switches, tokens, unsigned)
+    for name in plan.boundary:
+        _convert_boundary(modules[name], switches)
+    for name, (adapter, tokens) in plan.attentions.items():
+        modules[name].__class__ = adapter
+        modules[name].set_up(switches, tokens)
+    for name, why in plan.left.items():
+        modules[name].left_as_is = why
+    return model
+
+
+def _convert_linear(layer: nn.Linear, switches: Switches, tokens: int | None, unsigned: bool) -> None:
+    config = switches.config
+    layer.__class__ = QuantLinear
+    layer.set_up_weight(switches, config.w_bits, learnable_scale=False)
+    if tokens is not None:
+        one = config.activation_scale == "tensor"
+        layer.input_quantizer = ActivationQuantizer(
+            config.a_bits,
+            positive=unsigned,
+            axis=None if one else -2,
+            size=1 if one else tokens,
+            bias_in=layer.in_features,
+            bias_out=layer.in_features,
+            switches=switches,
+            like=layer.weight,
+        ).train(layer.training)
+
+
+def _convert_boundary(layer: nn.Linear | nn.Conv2d, switches: Switches) -> None:
+    bits, channels = switches.config.boundary_bits, layer.weight.shape[1]
+    layer.__class__ = QuantLinear if isinstance(layer, nn.Linear) else QuantConv2d
+    layer.set_up_weight(switches, bits, learnable_scale=True)
+    layer.input_quantizer = ActivationQuantizer(
+        bits, axis=None, bias_in=channels, bias_out=channels, switches=switches, like=layer.weight
+    ).train(layer.training)
+
+
+def quantized_switches(model: nn.Module) -> list[Switches]:
+    """The switches of every OFQ model inside `model`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {
+        id(part.switches): part.switches for part in model.modules() if isinstance(part, QuantWeight | QuantAttention)
+    }
+    if not found:
+        raise ValueError(
+            f"this {type(model).__name__} is not quantised by OFQ; call hf_ext.ofq_quantizer.quantize first"
+        )
+    return list(found.values())
+
+
+def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
+    """Every quantiser of an activation, by "<module>:<role>": input, q, k, v, probs, qkx.
+
+    Each has `bits`, `positive`, `axis`, `scale` (1-D, float32), `bias_in`, `bias_out` (or None) and `initialized`.
+    """
+    quantized_switches(model)
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            owner, _, child = name.rpartition(".")
+            found[f"{owner}:{child.removesuffix('_quantizer')}"] = module
+    return found
+
+
+@contextmanager
+def full_precision(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, nothing is rounded; shifts and the algebra of QKR stay."""
+    switches = quantized_switches(model)
+    before = [switch.rounding for switch in switches]
+    for switch in switches:
+        switch.rounding = False
+    try:
+        yield model
+    finally:
+        for switch, rounding in zip(switches, before, strict=True):
+            switch.rounding = rounding
+
+
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Give the scales of the activations their first values: the mean over the batches of LSQ's initial scales.
+
+    Args:
+        model: a quantised model, under DistributedDataParallel or not; every process takes part, and all get the mean.
+        batches: tensors, tuples whose first element is the images, or dicts of the model's keywords. Each is run once,
+            in evaluation mode and without gradient; a quantiser takes its scale from what those before it let through.
+
+    Returns the model, every module in the mode it was in.
+
+    Raises:
+        ValueError: no batch, or one without images; the model is not quantised.
+    """
+    switches = quantized_switches(model)
+    quantizers = activation_quantizers(model).values()
+    device = next(model.parameters()).device
+    ran = 0
+    try:
+        for switch in switches:
+            switch.calibrating = True
+        with evaluation(model), torch.no_grad():
+            for batch in batches:
+                _run(model, batch, device)
+                ran += 1
+        if not ran:
+            raise ValueError("calibrate needs at least one batch of images, and got none")
+        for quantizer in quantizers:
+            quantizer.finish_calibration()
+    finally:
+        for switch in switches:
+            switch.calibrating = False
+        for quantizer in quantizers:
+            quantizer.forget_calibration()
+    return model
+
+
+def require_calibrated(model: nn.Module) -> None:
+    """Raise where a scale has no value yet.
+
+    Raises:
+        ValueError: naming the first such quantiser.
+    """
+    missing = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.ready]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} quantisers have no scales yet, the first is {missing[0]}; call "
+            "hf_ext.ofq_quantizer.calibrate(model, batches), or train, first"
+        )
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
+    if isinstance(batch, dict):
+        model(**{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()})
+    else:
+        model((batch[0] if isinstance(batch, tuple | list) else batch).to(device))
