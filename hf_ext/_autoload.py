@@ -24,6 +24,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "torchvision._meta_registrations": ("before", "torchvision"),
     "transformers.modeling_utils": ("after", "transformers"),
     "peft.tuners": ("after", "peft"),
+    "transformers.quantizers.auto": ("after", "transformers.quantizers"),
     "timm.models": ("after", "timm"),
 }
 

@@ -53,6 +53,14 @@ TABLE = (
         remove="hf_ext.bone_adapter.register:remove",
     ),
     Row(
+        host="transformers.quantizers",
+        module="transformers.quantizers.auto",
+        when="after",
+        names=("ofq",),
+        add="hf_ext.ofq_quantizer.register:add_to_transformers",
+        remove="hf_ext.ofq_quantizer.register:remove_from_transformers",
+    ),
+    Row(
         host="timm",
         module="timm.models",
         when="after",

@@ -394,6 +394,7 @@ USABLE = {
     "transformers": "all(name in table for name in ('anchor', 'anchor_continuous')"
     " for table in (modeling.ALL_ATTENTION_FUNCTIONS, masking.ALL_MASK_ATTENTION_FUNCTIONS))",
     "peft": "__import__('peft').get_peft_config({'peft_type': 'BONE'}).peft_type.value == 'BONE'",
+    "transformers.quantizers": "'ofq' in __import__('transformers').quantizers.auto.AUTO_QUANTIZER_MAPPING",
     "timm": "__import__('timm').is_model('ofq_w2a2')",
 }
 CHECK = f"""

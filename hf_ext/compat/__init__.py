@@ -53,6 +53,9 @@ from hf_ext.compat.timm import (
     create_timm_model,
     load_timm_weights,
     remove_timm_models,
+    save_timm_model,
+    timm_base,
+    timm_model_args,
 )
 from hf_ext.compat.torch import (
     add_torchvision_schemas,

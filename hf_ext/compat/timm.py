@@ -55,6 +55,37 @@ def load_timm_weights(model: Any, in_chans: int = 3, cache_dir: Any = None, **kw
     load_pretrained(model, model.pretrained_cfg, model.num_classes, in_chans, cache_dir=cache_dir)
 
 
+def timm_base(cfg: dict[str, Any]) -> str:
+    """Name with which `create_model` builds the architecture of this configuration; a recipe of ours has it as tag."""
+    from timm.models import is_model
+
+    architecture, tag = cfg["architecture"], cfg.get("tag")
+    name = tag if architecture.startswith("ofq_") else f"{architecture}.{tag}" if tag else architecture
+    return name if is_model(name.split(".")[0]) else architecture
+
+
+def timm_model_args(model: Any) -> dict[str, Any]:
+    """What `create_model` was given, which newer versions record; from 1.0.15 the usual ones are read off."""
+    try:
+        from timm.models import get_model_args
+    except ImportError:
+        args = {"num_classes": model.num_classes, "in_chans": _first_channels(model)}
+        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        return args | ({} if size is None else {"img_size": list(size)})
+    return {name: value for name, value in get_model_args(model).items() if name != "ofq"}
+
+
+def save_timm_model(model: Any, directory: Any, model_args: dict[str, Any] | None) -> None:
+    """config.json and model.safetensors, for `create_model("local-dir:DIRECTORY")`."""
+    from timm.models._hub import save_for_hf
+
+    save_for_hf(model, directory, model_args=model_args or timm_model_args(model), safe_serialization=True)
+
+
+def _first_channels(model: Any) -> int:
+    return next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
+
+
 def _entries(entry_points: dict[str, Callable[..., Any]]) -> list[Entry]:
     return [(_registry()._model_entrypoints, name, function) for name, function in entry_points.items()]
 

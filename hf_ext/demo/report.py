@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hf_ext import doctor
 
-METHODS = ("anchor", "bone")  # in this order: bone goes on from the text, tokenizer and model that anchor writes
+METHODS = ("anchor", "bone", "ofq")  # in this order: bone goes on from the text, tokenizer and model that anchor writes
 
 # One thread a process and two processes at a time: tiny models only lose by sharing their cores.
 AT_ONCE = 2
@@ -38,6 +38,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 # What the demo writes, and so what --overwrite may delete.
 FILES = (
     *("train.py", "tokenizer", "packed", "model", "docstrings", "modules", "adapters"),
+    *("train_images.py", "digits", "packed_ofq"),
     *("runs", "results.json", "demo.png"),
 )
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_ext.ofq_quantizer.oscillation import OscillationCallback, OscillationTracker
     from hf_ext.ofq_quantizer.packed import export_fp, load_packed, save_packed
     from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
-    from hf_ext.ofq_quantizer.report import OFQReport, report
+    from hf_ext.ofq_quantizer.reporting import OFQReport, report
 
 __all__ = [
     "ConfidenceAnnealing",
@@ -52,7 +52,7 @@ _HOME = {
     "ConfidenceAnnealingCallback": "annealing",
     "IntegerWeight": "freeze",
     "OFQConfig": "config",
-    "OFQReport": "report",
+    "OFQReport": "reporting",
     "OscillationCallback": "oscillation",
     "OscillationTracker": "oscillation",
     "activation_quantizers": "convert",
@@ -69,7 +69,7 @@ _HOME = {
     "lsq_init": "ops",
     "pack_codes": "packing",
     "quantize": "convert",
-    "report": "report",
+    "report": "reporting",
     "save_packed": "packed",
     "statsq": "ops",
     "statsq_codes": "ops",

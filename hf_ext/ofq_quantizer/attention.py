@@ -15,7 +15,7 @@ from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 class QuantAttention(nn.Module):
     """Goes before a host's attention class; the subclass overrides `forward` with the host's signature.
 
-    Adds `q_quantizer`, `k_quantizer`, `v_quantizer` and `probs_quantizer`, or with QKR (section 4.3) `input_quantizer`,
+    Adds `q_quantizer`, `k_quantizer`, `v_quantizer` and `probs_quantizer`, or with QKR `input_quantizer`,
     `qkx_quantizer`, `v_quantizer` and `probs_quantizer`. `input_quantizer` exists without QKR as well where several
     layers read the same input.
     """
@@ -70,7 +70,7 @@ class QuantAttention(nn.Module):
         inner, width = self.query_weight.shape
         if self.reparametrized:
             self.input_quantizer = self._quantizer(tokens, width, width)
-            self.qkx_quantizer = self._quantizer(tokens * self.heads, width, per_head=True)
+            self.qkx_quantizer = self._quantizer(tokens * self.heads, self.heads * width, per_head=True)
             for layer in self.projections if len(self.projections) == 1 else self.projections[:2]:
                 layer.reparametrized = True
         else:
@@ -80,6 +80,9 @@ class QuantAttention(nn.Module):
             self.k_quantizer = self._quantizer(tokens, inner)
         self.v_quantizer = self._quantizer(inner, inner, inner, axis=-1)
         self.probs_quantizer = self._quantizer(tokens, positive=True)
+        for child in ("qk", "v"):  # QKR once the latent weights are gone: what is left of them, and u
+            self.register_module(child, None)
+        self.register_buffer("u", None)
 
     def head_count(self) -> int:
         """Number of heads."""
@@ -121,12 +124,7 @@ class QuantAttention(nn.Module):
         self, x: Tensor, scaling: float, logit_bias: Tensor | None = None, dropout: float = 0.0
     ) -> Tensor:
         """The same from the input x (batch, tokens, width), with the product W_q^T W_k rounded as one (QKR)."""
-        product = self.qk_product()
-        if self.switches.boundary_range is not None and not self.switches.config.reference_compat:
-            product = ops.mask_gradient(product, self._trainable(product))
-        weights = self.projections[-1].weight_quantizer()
-        t = self.split(linear(x, product, None, self.input_quantizer, weights))
-        v = self.split(linear(x, *self.factor(2), self.input_quantizer, weights))
+        t, v = map(self.split, self._latent_products(x) if self.qk is None else self._frozen_products(x))
         u = self._query_bias_term(x)
         if u is not None:
             logit_bias = u * scaling if logit_bias is None else logit_bias + u * scaling
@@ -136,6 +134,17 @@ class QuantAttention(nn.Module):
             x.unsqueeze(1), t, v, self.input_quantizer, self.qkx_quantizer, scaling, logit_bias, dropout
         )
 
+    def _latent_products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        product = self.qk_product()
+        if self.switches.boundary_range is not None and not self.switches.config.reference_compat:
+            product = ops.mask_gradient(product, self._trainable(product))
+        weights = self.projections[-1].weight_quantizer()
+        return tuple(linear(x, *factor, self.input_quantizer, weights) for factor in ((product, None), self.factor(2)))
+
+    def _frozen_products(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        layers = self.qk, self.projections[-1] if self.v is None else self.v
+        return tuple(layer.product(x, self.input_quantizer, layer.bias) for layer in layers)
+
     def qk_product(self) -> Tensor:
         """A, (heads * width, width) float32: W_q,h^T W_k,h of every head."""
         with torch.autocast(self.query_weight.device.type, enabled=False):
@@ -144,7 +153,7 @@ class QuantAttention(nn.Module):
 
     def low_bit_weights(self) -> dict[str, Tensor]:
         """The weights that StatsQ rounds and that are no layer of their own, by the last part of their name."""
-        if not self.reparametrized:
+        if not self.reparametrized or self.qk is not None:
             return {}
         joint = len(self.projections) == 1
         return {"qk": self.qk_product()} | ({"v": self.value_weight} if joint else {})
@@ -156,17 +165,22 @@ class QuantAttention(nn.Module):
         )
 
     def _query_bias_term(self, x: Tensor) -> Tensor | None:
-        """x^ u of every key, (batch, heads, 1, tokens), u_h = W_k,h^T b_q,h."""
-        bias = self.factor(0)[1]
+        """x^ u of every key, (batch, heads, 1, tokens)."""
+        with torch.autocast(x.device.type, enabled=False):
+            u = self.query_bias_direction() if self.qk is None else self.u
+            if u is None:
+                return None
+            return F.linear(self.input_quantizer(x).float(), u).transpose(1, 2).unsqueeze(2).to(x.dtype)
+
+    def query_bias_direction(self) -> Tensor | None:
+        """u (heads, width) float32, u_h = W_k,h^T b_q,h; None without a bias."""
+        (key, _), (_, bias) = self.factor(1), self.factor(0)
         if bias is None or self.switches.config.reference_compat:
             return None
-        key = self.key_weight
-        with torch.autocast(x.device.type, enabled=False):
-            key = (key if self.switches.boundary_range is None else key.detach()).float()
-            u = torch.einsum(
-                "hdc,hd->hc", key.unflatten(0, (self.heads, -1)), bias.float().unflatten(0, (self.heads, -1))
-            )
-            return F.linear(self.input_quantizer(x).float(), u).transpose(1, 2).unsqueeze(2).to(x.dtype)
+        key = (key if self.switches.boundary_range is None else key.detach()).float()
+        return torch.einsum(
+            "hdc,hd->hc", key.unflatten(0, (self.heads, -1)), bias.float().unflatten(0, (self.heads, -1))
+        )
 
     def _attend(
         self,
@@ -183,16 +197,33 @@ class QuantAttention(nn.Module):
         self.switches.announce()
         quantizers = (left, right, self.v_quantizer, self.probs_quantizer)
         dropout = dropout if self.training else 0.0
-        if (
-            self.switches.rounding
-            and not dropout
-            and not self.switches.calibrating
-            and all(a.ready for a in quantizers)
-        ):
+        if self.switches.integer and self.switches.rounding:
+            from hf_ext.ofq_quantizer.integer import integer_attention  # numba, which only such a model needs
+
+            return integer_attention(q, k, v, *quantizers, scaling, logit_bias)
+        factors = (q, k, v, left, right, scaling, logit_bias)
+        at_once = self.switches.rounding and not self.switches.calibrating and not dropout
+        if at_once and self.training and not all(a.ready for a in quantizers):
+            with torch.no_grad():  # for the scales alone: the recomputation of a checkpoint, with them, saves the same
+                self._attend_in_steps(*factors, dropout)
+        if at_once and all(a.ready for a in quantizers):
             left, right, values = (a.activation(x) for a, x in zip(quantizers, (q, k, v), strict=False))
             probs = self.probs_quantizer.activation(v)  # as many tokens
             return quantized_attention(q, k, v, left, right, values, probs, scaling, logit_bias)
-        # Scales of the probabilities need the probabilities themselves; dropout comes after their rounding.
+        return self._attend_in_steps(*factors, dropout)
+
+    def _attend_in_steps(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        left: ActivationQuantizer,
+        right: ActivationQuantizer,
+        scaling: float,
+        logit_bias: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        """Scales of the probabilities need the probabilities themselves; dropout comes after their rounding."""
         q, k, v = left(q), right(k), self.v_quantizer(v)
         logits = q @ k.transpose(-2, -1) * scaling
         if logit_bias is not None:

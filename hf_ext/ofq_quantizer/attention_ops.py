@@ -1,21 +1,24 @@
 """The quantised attention of OFQ (arXiv 2302.02210) as a tensor function that keeps q, k, v and recomputes the rest."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from hf_ext.ofq_quantizer import attention_kernels, kernels
+from hf_ext.ofq_quantizer.kernels import Activation
 from hf_ext.ofq_quantizer.ops import (
-    SMALLEST_SCALE,
-    Activation,
-    _activation_gradients,
-    _dequantized,
-    _integers,
-    code_range,
+    activation_gradients,
+    bounded,
+    dequantized,
     integer_sums_fit,
+    integers,
+    largest,
     no_autocast,
     product_dtype,
+    row_sum,
+    scale_gradient,
 )
 
 __all__ = ["quantized_attention"]
@@ -35,81 +38,154 @@ def quantized_attention(
     """softmax(q^ k^T scaling + logit_bias), quantised, times v^: (B, N, h*d).
 
     q (B, h or 1, N, d), k (B, h, N, d), v (B, h, N, d'), quantised by aq, ak, av; ap quantises the probabilities and
-    has no shifts, ak no bias_out (it would cancel in the softmax). logit_bias broadcasts to (B, h, N, N).
+    has no shifts, ak no bias_out (it would cancel in the softmax). logit_bias broadcasts to (B, h, N, N). Keeps these
+    and recomputes the rest in backward.
 
     float32: `(acc * s_q[n] + c[m]) * (s_k[m] * scaling) + logit_bias`, c[m] = bias_out_q . k_int[m], and
-    `((acc * s_v) + b_v * rowsum[n]) * s_p[n]`; acc are products of integers. Under autocast, in other dtypes and where
-    acc could exceed 2^24, the products of the quantised values in that dtype. Scale gradients: see quantize_activation.
+    `((acc * s_v) + b_v * rowsum[n]) * s_p[n]`; acc are products of integers, rowsum sums of those of the probabilities.
+    Under autocast, in other dtypes and where acc could exceed 2^24, the products of the quantised values in the dtype
+    of nn.Linear. The gradients of scales depend on the batch size as in `quantize_activation`.
     """
     tensors = (q, k, v, logit_bias, aq.scale, aq.bias_in, aq.bias_out, ak.scale, ak.bias_in)
     ranges = tuple((a.bits, a.positive) for a in (aq, ak, av, ap))
-    return _Attention.apply(
-        *tensors, av.scale, av.bias_in, av.bias_out, ap.scale, ranges, scaling, product_dtype(q)
-    )
+    return _Attention.apply(*tensors, av.scale, av.bias_in, av.bias_out, ap.scale, ranges, scaling, product_dtype(q))
 
 
-def _largest(a: Activation) -> int:
-    return max(map(abs, code_range(a.bits, a.positive)))
+class _Operands(NamedTuple):
+    """Everything the product depends on: what `_Attention` saves, and the dtype in which it multiplies floats."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    aq: Activation
+    ak: Activation
+    av: Activation
+    ap: Activation
+    scaling: float
+    dtype: torch.dtype
+
+    def logits_fit(self) -> bool:
+        exact = integer_sums_fit(self.q.shape[-1], largest(self.aq), largest(self.ak))
+        return exact and self.dtype == torch.float32
+
+    def values_fit(self) -> bool:
+        exact = integer_sums_fit(self.v.shape[-2], largest(self.ap), largest(self.av))
+        return exact and self.dtype == torch.float32
+
+    def suit_kernels(self) -> bool:
+        factors = zip(self[:3], self[4:7], strict=True)
+        return (
+            self.logits_fit()
+            and self.values_fit()
+            and self.v.shape[-1] > 1
+            and all(x.dim() == 4 and kernels.accept_activation(x, a) for x, a in factors)
+            and kernels.accept(self.bias, self.ap.scale)
+        )
 
 
-def _scale(a: Activation) -> Tensor:
-    return a.scale.clamp(min=SMALLEST_SCALE)
-
-
-def _probs(q, k, bias, aq, ak, scaling, dtype) -> Tensor:
-    qi, ki = _integers(q, aq), _integers(k, ak)
-    if dtype == torch.float32 and integer_sums_fit(q.shape[-1], _largest(aq), _largest(ak)):
-        logits = qi @ ki.transpose(-2, -1) * _scale(aq)
-        if aq.bias_out is not None:
-            logits = logits + (ki * aq.bias_out.float()).sum(-1)[..., None, :]
-        logits = logits * (_scale(ak) * scaling).transpose(-2, -1) if ak.scale.dim() > 1 else logits * (_scale(ak) * scaling)
+def _probs(o: _Operands) -> Tensor:
+    q, k = integers(o.q, o.aq), integers(o.k, o.ak)
+    if o.logits_fit():
+        logits = q @ k.transpose(-2, -1) * bounded(o.aq.scale)
+        if o.aq.bias_out is not None:
+            logits = logits + row_sum(k * o.aq.bias_out.float()).transpose(-2, -1)
+        logits = logits * (bounded(o.ak.scale) * o.scaling).expand(*k.shape[-3:-1], 1).transpose(-2, -1)
     else:
-        logits = _dequantized(qi, aq).to(dtype) @ _dequantized(ki, ak).to(dtype).transpose(-2, -1)
-        logits = logits.float() * scaling
-    return (logits if bias is None else logits + bias.float()).softmax(-1)
+        logits = _float(o.q, o.aq, o) @ _float(o.k, o.ak, o).transpose(-2, -1)
+        logits = logits.float() * o.scaling
+    return (logits if o.bias is None else logits + o.bias.float()).softmax(-1)
 
 
-def _values(probs, v, av, ap, dtype) -> Tensor:
-    pi, vi = _integers(probs, ap), _integers(v, av)
-    if dtype == torch.float32 and integer_sums_fit(v.shape[-2], _largest(ap), _largest(av)):
-        out = pi @ vi * _scale(av)
-        if av.bias_out is not None:
-            out = out + av.bias_out.float() * pi.sum(-1, keepdim=True)
-        return out * _scale(ap)
-    return _dequantized(pi, ap).to(dtype) @ _dequantized(vi, av).to(dtype)
+def _output(o: _Operands) -> Tensor:
+    probs = _probs(o)
+    if not o.values_fit():
+        return _float(probs, o.ap, o) @ _float(o.v, o.av, o)
+    p = integers(probs, o.ap)
+    out = p @ integers(o.v, o.av) * bounded(o.av.scale)
+    if o.av.bias_out is not None:
+        out = out + o.av.bias_out.float() * row_sum(p)
+    return out * bounded(o.ap.scale)
+
+
+def _float(x: Tensor, a: Activation, o: _Operands) -> Tensor:
+    return dequantized(x, a).to(o.dtype)
+
+
+def _gradients(g: Tensor, o: _Operands) -> tuple[Tensor | None, ...]:
+    """dL/d (q^, k^, v^), the first two without the factor `scaling`; of the probabilities' scale, of the bias."""
+    g = g.unflatten(-1, (o.v.shape[1], o.v.shape[-1])).transpose(1, 2)
+    probs = _probs(o)
+    dv = _float(probs, o.ap, o).transpose(-2, -1) @ g
+    dp, dscale, *_ = activation_gradients(probs, o.ap, g @ _float(o.v, o.av, o).transpose(-2, -1))
+    dl = probs * (dp - (dp * probs).sum(-1, keepdim=True))
+    dbias = None if o.bias is None else dl.sum_to_size(o.bias.shape)
+    dl = dl.to(o.dtype)
+    dq = (dl @ _float(o.k, o.ak, o)).sum_to_size(o.q.shape)
+    return dq, dl.transpose(-2, -1) @ _float(o.q, o.aq, o), dv, dscale, dbias
 
 
 class _Attention(Function):
     @staticmethod
-    def forward(ctx: Any, q, k, v, bias, sq, iq, oq, sk, ik, sv, iv, ov, sp, ranges, scaling, dtype) -> Tensor:
-        ctx.save_for_backward(q, k, v, bias, sq, iq, oq, sk, ik, sv, iv, ov, sp)
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        q_scale: Tensor,
+        q_bias_in: Tensor | None,
+        q_bias_out: Tensor | None,
+        k_scale: Tensor,
+        k_bias_in: Tensor | None,
+        v_scale: Tensor,
+        v_bias_in: Tensor | None,
+        v_bias_out: Tensor | None,
+        p_scale: Tensor,
+        ranges: tuple[tuple[int, bool], ...],
+        scaling: float,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        saved = (q, k, v, bias, q_scale, q_bias_in, q_bias_out, k_scale, k_bias_in, v_scale, v_bias_in, v_bias_out)
+        ctx.save_for_backward(*saved, p_scale)
         ctx.rest = ranges, scaling, dtype
-        rq, rk, rv, rp = ranges
+        o = _operands(*saved, p_scale, *ctx.rest)
         with no_autocast(q):
-            probs = _probs(q, k, bias, Activation(sq, iq, oq, *rq), Activation(sk, ik, None, *rk), scaling, dtype)
-            out = _values(probs, v, Activation(sv, iv, ov, *rv), Activation(sp, None, None, *rp), dtype)
-            return out.transpose(1, 2).flatten(2)
+            if o.suit_kernels():
+                return attention_kernels.forward(q, k, v, o[4:8], scaling, bias)
+            return _output(o).transpose(1, 2).flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, sq, iq, oq, sk, ik, sv, iv, ov, sp = ctx.saved_tensors
-        ranges, scaling, dtype = ctx.rest
-        rq, rk, rv, rp = ranges
-        aq, ak = Activation(sq, iq, oq, *rq), Activation(sk, ik, None, *rk)
-        av, ap = Activation(sv, iv, ov, *rv), Activation(sp, None, None, *rp)
+        o = _operands(*ctx.saved_tensors, *ctx.rest)
         with no_autocast(g):
-            probs = _probs(q, k, bias, aq, ak, scaling, dtype)
-            g = g.unflatten(-1, (v.shape[1], v.shape[-1])).transpose(1, 2)
-            p = _dequantized(_integers(probs, ap), ap).to(dtype)
-            dv, dsv, div, dov = _activation_gradients(v, av, (p.transpose(-2, -1) @ g).float())
-            dp = (g @ _dequantized(_integers(v, av), av).to(dtype).transpose(-2, -1)).float()
-            dp, dsp, *_ = _activation_gradients(probs, ap, dp)
-            dl = probs * (dp - (dp * probs).sum(-1, keepdim=True))
-            db = None if bias is None else dl.sum_to_size(bias.shape).to(bias.dtype)
-            dl = (dl * scaling).to(dtype)
-            dq = (dl @ _dequantized(_integers(k, ak), ak).to(dtype)).float().sum_to_size(q.shape)
-            dk = (dl.transpose(-2, -1) @ _dequantized(_integers(q, aq), aq).to(dtype)).float()
-            dq, dsq, diq, doq = _activation_gradients(q, aq, dq)
-            dk, dsk, dik, _ = _activation_gradients(k, ak, dk)
-        return dq, dk, dv, db, dsq, diq, doq, dsk, dik, dsv, div, dov, dsp, None, None, None
+            if o.suit_kernels() and kernels.accept(g):
+                dq, dk, dv, dscale, dbias = attention_kernels.backward(g, *o[:3], o[4:8], o.scaling, o.bias)
+                dscale = scale_gradient(dscale, o.ap, dscale.numel() * o.k.shape[2])
+            else:
+                dq, dk, dv, dscale, dbias = _gradients(g, o)
+            dq, *of_aq = activation_gradients(o.q, o.aq, dq, o.scaling)
+            dk, *of_ak = activation_gradients(o.k, o.ak, dk, o.scaling)
+            dv, *of_av = activation_gradients(o.v, o.av, dv)
+        return dq, dk, dv, dbias, *of_aq, *of_ak[:2], *of_av, dscale, None, None, None
+
+
+def _operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *parts: Any,
+) -> _Operands:
+    """From the arguments of `_Attention.forward`."""
+    *tensors, ranges, scaling, dtype = parts
+    q_range, k_range, v_range, p_range = ranges
+    return _Operands(
+        *(q, k, v, bias),
+        Activation(*tensors[:3], *q_range),
+        Activation(*tensors[3:5], None, *k_range),
+        Activation(*tensors[5:8], *v_range),
+        Activation(tensors[8], None, None, *p_range),
+        *(scaling, dtype),
+    )

@@ -18,9 +18,9 @@ class OFQConfig(QuantizationConfigMixin):
     """Configuration of the OFQ quantiser (arXiv 2302.02210); written as `"quant_method": "ofq"`.
 
     Args:
-        w_bits: bits of the weights of the blocks, 2 to 4 (StatsQ: a scale a row from the row's mean, section 4.1).
+        w_bits: bits of the weights of the blocks, 2 to 4 (StatsQ: a scale a row from the row's mean).
         a_bits: bits of the activations, those inside the attention too, 2 to 8 (LSQ, a learnable scale).
-        qk_reparam: quantise the product W_q^T W_k instead of its factors (QKR, section 4.3). It has C columns where W_k
+        qk_reparam: quantise the product W_q^T W_k instead of its factors (QKR). It has C columns where W_k
             has head_dim: 1.2 times the multiplications of a DeiT-T block, 2 times those of a DeiT-B block.
         activation_scale: "token" learns a scale a token, which fixes the number of tokens; "tensor" a single one.
         boundary_bits: 8 quantises the patch embedding and the heads to 8 bits (LSQ, a learnable scale a row); None
@@ -57,9 +57,10 @@ class OFQConfig(QuantizationConfigMixin):
         coefficient = self.weight_scale_coefficient
         if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 < coefficient < math.inf:
             raise ValueError(f"weight_scale_coefficient must be a positive number, not {coefficient!r}")
-        if isinstance(self.skip_modules, str) or not all(isinstance(pattern, str) for pattern in self.skip_modules):
-            raise ValueError(f"skip_modules must be a list of patterns over module names, not {self.skip_modules!r}")
-        self.skip_modules = tuple(self.skip_modules)
+        patterns = self.skip_modules
+        if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
+            raise ValueError(f"skip_modules must be a list of patterns over module names, not {patterns!r}")
+        self.skip_modules = tuple(patterns)
 
     def _check_bits(self) -> None:
         if type(self.w_bits) is not int or self.w_bits not in WEIGHT_BITS:

@@ -18,7 +18,8 @@ from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Module:
     """Quantise a vision transformer of timm or transformers in place; every tensor it has keeps its name and value.
 
-    `name` is what HF_EXT_DEBUG=1 calls it. Returns the model, not calibrated yet: the first training step gives the scales their values, or `calibrate` does.
+    `name` is what HF_EXT_DEBUG=1 calls it. Returns the model, not calibrated yet: the first training step gives the
+    scales their values, or `calibrate` does.
 
     Raises:
         ValueError: the model has no attention that is supported, or one that is not; it is quantised already; its
@@ -30,7 +31,7 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
     switches = Switches(config, name)
     modules = dict(model.named_modules())
     for name, (tokens, unsigned) in plan.low_bit.items():
-        _convert_linear(modules[name], switches, tokens, unsigned)
+        convert_linear(modules[name], switches, tokens, unsigned)
     for name in plan.boundary:
         _convert_boundary(modules[name], switches)
     for name, (adapter, tokens) in plan.attentions.items():
@@ -41,7 +42,8 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
     return model
 
 
-def _convert_linear(layer: nn.Linear, switches: Switches, tokens: int | None, unsigned: bool) -> None:
+def convert_linear(layer: nn.Linear, switches: Switches, tokens: int | None, unsigned: bool) -> QuantLinear:
+    """Turn a linear layer into a low-bit one; `tokens` None: its caller quantises the input."""
     config = switches.config
     layer.__class__ = QuantLinear
     layer.set_up_weight(switches, config.w_bits, learnable_scale=False)
@@ -57,6 +59,7 @@ def _convert_linear(layer: nn.Linear, switches: Switches, tokens: int | None, un
             switches=switches,
             like=layer.weight,
         ).train(layer.training)
+    return layer
 
 
 def _convert_boundary(layer: nn.Linear | nn.Conv2d, switches: Switches) -> None:

@@ -69,7 +69,7 @@ class QuantWeight(nn.Module):
 
 
 class QuantLinear(QuantWeight, nn.Linear):
-    """y = ActQ(x) WQ(W)^T + b (section 3.1).
+    """y = ActQ(x) WQ(W)^T + b.
 
     `input_quantizer` is None where an attention quantises the input once for several of these layers and calls
     `product`. `reparametrized`: the attention reads this weight only as a factor of a product (QKR).
@@ -85,7 +85,8 @@ class QuantLinear(QuantWeight, nn.Linear):
         """The same with a quantiser and a bias of the caller's."""
         self.executed = True
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-        return linear(tokens, self.weight, bias, quantizer, self.weight_quantizer()).view(*x.shape[:-1], -1)
+        y = linear(tokens, self.weight, bias, quantizer, self.weight_quantizer())
+        return y.view(*x.shape[:-1], self.out_features)
 
     def low_bit_weights(self) -> dict[str, Tensor]:
         """The weight that StatsQ rounds, under no further name."""

@@ -51,7 +51,7 @@ class Switches:
 
 
 class ActivationQuantizer(nn.Module):
-    """ActQ(x) = LSQ(x + bias_in) + bias_out (section 3.1), with parameters of their final shape from the start.
+    """ActQ(x) = LSQ(x + bias_in) + bias_out, with parameters of their final shape from the start.
 
     Args:
         bits: 2 to 8.
@@ -91,8 +91,18 @@ class ActivationQuantizer(nn.Module):
         self.bias_in = nn.Parameter(like.new_zeros(bias_in)) if bias_in else None
         self.bias_out = nn.Parameter(like.new_zeros(bias_out)) if bias_out else None
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=like.device))
-        self.ready = False
+        self._ready = False
         self._seen: list[Tensor] = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether the scales have values: the saved flag, which the host reads only until it is set.
+
+        It may be set in place by others: an average of the weights, the broadcast with which DDP starts.
+        """
+        if not self._ready and not torch.compiler.is_compiling():
+            self.synchronize()
+        return self._ready
 
     @property
     def scale(self) -> Tensor:
@@ -180,7 +190,7 @@ class ActivationQuantizer(nn.Module):
     def _keep(self, scale: Tensor) -> None:
         self.scale_norm.copy_(scale)
         self.initialized.fill_(True)
-        self.ready = True
+        self._ready = True
 
     @torch.no_grad()
     def finish_calibration(self) -> None:
@@ -200,11 +210,11 @@ class ActivationQuantizer(nn.Module):
                 if shift is not None:
                     shift.zero_()
             self.initialized.fill_(False)
-        self.ready = False
+        self._ready = False
 
     def synchronize(self) -> None:
         """Read `ready` from the saved flag: after tensors were replaced from outside."""
-        self.ready = not self.initialized.is_meta and bool(self.initialized)
+        self._ready = not self.initialized.is_meta and bool(self.initialized)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, tensor in (*self._parameters.items(), *self._buffers.items()):

@@ -15,3 +15,23 @@ def add_to_timm() -> None:
 
 def remove_from_timm() -> None:
     compat.remove_timm_models(entry_points())
+
+
+def add_to_transformers() -> None:
+    """The quantiser "ofq" and its configuration.
+
+    Raises:
+        RegistrationError: somebody else holds the name; then nothing is added.
+    """
+    compat.add_quantizer("ofq", *_classes())
+
+
+def remove_from_transformers() -> None:
+    compat.remove_quantizer("ofq", *_classes())
+
+
+def _classes() -> tuple[type, type]:
+    from hf_ext.ofq_quantizer.config import OFQConfig  # imports transformers, for which timm need not wait
+    from hf_ext.ofq_quantizer.hf_quantizer import OFQHfQuantizer
+
+    return OFQConfig, OFQHfQuantizer

@@ -1,0 +1,43 @@
+"""OFQ on a CUDA device, by CUDA events: a training step against full precision, and inference."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import nn
+
+from hf_ext.bench.harness import Row, compare_cuda
+from hf_ext.ofq_quantizer import OFQConfig, calibrate, quantize
+
+ARCHITECTURE = "deit_small_patch16_224"
+
+
+def rows(quick: bool = False) -> Iterator[Row]:
+    """Steps in float32 and bfloat16 autocast, eager and compiled."""
+    if not torch.cuda.is_available():
+        yield Row("OFQ on CUDA", "full precision", skipped="needs a CUDA device")
+        return
+    import timm
+
+    images, repeats = (4, 3) if quick else (64, 10)
+    x = torch.randn(images, 3, 224, 224, device="cuda")
+    plain = timm.create_model(ARCHITECTURE).cuda()
+    ours = calibrate(quantize(copy.deepcopy(plain), OFQConfig()), [x])
+    for compiled in (False, True):
+        pair = [torch.compile(model, fullgraph=True) if compiled else model for model in (ours, plain)]
+        for dtype in (None, torch.bfloat16):
+            yield compare_cuda(
+                f"{ARCHITECTURE}, {images} images, W2A2, {dtype or 'float32'}{', compiled' if compiled else ''}: "
+                "forward + backward",
+                *(partial(step, model, x, dtype) for model in pair),
+                peer_name="full precision",
+                repeats=repeats,
+            )
+
+
+def step(model: nn.Module, x: torch.Tensor, dtype: torch.dtype | None) -> None:
+    with torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = model(x).float().square().mean()
+    loss.backward()
+    model.zero_grad(set_to_none=True)

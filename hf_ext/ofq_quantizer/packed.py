@@ -1,0 +1,125 @@
+"""Small files: the codes of the weights packed to their bits, or the latent weights as an ordinary checkpoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from hf_ext.ofq_quantizer.config import OFQConfig
+from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
+from hf_ext.ofq_quantizer.freeze import drop_latents, freeze, frozen_copy
+from hf_ext.ofq_quantizer.frozen import FrozenWeight
+from hf_ext.ofq_quantizer.origin import build, describe, save_plain
+from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
+from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
+
+FORMAT = "ofq_packed"
+CONFIG, TENSORS = "config.json", "model.safetensors"
+
+
+def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
+    """Write a calibrated model with the codes of its weights packed to their bits; `load_packed` reads it.
+
+    Args:
+        model: a quantised model of timm or transformers, in any mode.
+        directory: gets config.json and model.safetensors; made where it is missing.
+        model_args: for a model of timm whose arguments timm has not recorded: those of its `create_model`.
+
+    Raises:
+        ValueError: the model is not quantised or not calibrated, a weight has NaN or inf, or the model cannot be built
+            again from what it says of itself.
+    """
+    frozen = frozen_copy(model)
+    about = describe(model, model_args)
+    config = quantized_switches(model)[0].config
+    tensors = _packed_tensors(frozen)
+    _check_rebuilt(tensors, about, config)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, directory / TENSORS, metadata={"format": FORMAT})
+    text = json.dumps({"format": FORMAT, "ofq": config.to_dict(), **about}, indent=1)
+    (directory / CONFIG).write_text(text + "\n")
+
+
+def load_packed(directory: str | Path) -> nn.Module:
+    """Read what `save_packed` wrote: a model in evaluation mode that gives the same logits, bit for bit.
+
+    It holds integers, and no latent weights to train.
+
+    Raises:
+        FileNotFoundError: there is no config.json or model.safetensors.
+        ValueError: the folder is none of `save_packed`.
+    """
+    directory = Path(directory)
+    about = json.loads((directory / CONFIG).read_text())
+    if about.get("format") != FORMAT:
+        raise ValueError(f"{directory} was not written by save_packed: its config.json does not say {FORMAT!r}")
+    model = _empty(about, OFQConfig.from_dict(about["ofq"]))
+    tensors = load_file(directory / TENSORS)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenWeight):
+            codes = unpack_codes(tensors.pop(f"{name}.codes"), module.weight_bits, module.integers.shape[1])
+            tensors[f"{name}.integers"] = codes if module.method == "lsq" else codes * 2 + 1
+    model.load_state_dict(tensors | _flags(model), strict=True)
+    return model
+
+
+def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
+    """Write the latent weights as an ordinary checkpoint, which timm or transformers loads without hf_ext.
+
+    `timm.create_model("local-dir:DIRECTORY", pretrained=True)` and `from_pretrained(DIRECTORY)` read it. Scales and
+    shifts are left out; the logits are those of a model that rounds nothing and shifts nothing.
+
+    Args:
+        model, directory, model_args: as for `save_packed`.
+
+    Raises:
+        ValueError: the model is not quantised, has no latent weights any more, or cannot be built again.
+    """
+    quantized_switches(model)
+    if any(isinstance(module, FrozenWeight) for module in model.modules()):
+        raise ValueError("this model holds integers and no latent weights; export the model it was made from")
+    plain = build(describe(model, model_args))
+    own = model.state_dict()
+    plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True)
+    save_plain(plain, directory, model_args)
+
+
+def _packed_tensors(frozen: nn.Module) -> dict[str, torch.Tensor]:
+    weights = freeze(frozen)
+    tensors = dict(frozen.state_dict())
+    for name in _flags(frozen):
+        del tensors[name]
+    for name, module in frozen.named_modules():
+        if isinstance(module, FrozenWeight):
+            del tensors[f"{name}.integers"]
+            tensors[f"{name}.codes"] = pack_codes(weights[name].codes, weights[name].bits)
+    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+
+
+def _flags(model: nn.Module) -> dict[str, torch.Tensor]:
+    """That every scale has its value, which holds of a packed model and is not saved."""
+    return {
+        f"{name}.initialized": torch.ones((), dtype=torch.bool)
+        for name, module in model.named_modules()
+        if isinstance(module, ActivationQuantizer)
+    }
+
+
+def _empty(about: dict[str, Any], config: OFQConfig) -> nn.Module:
+    return drop_latents(quantize(build(about), config))
+
+
+def _check_rebuilt(tensors: dict[str, torch.Tensor], about: dict[str, Any], config: OFQConfig) -> None:
+    """Better now than when the file is all that is left."""
+    try:
+        again = {name: tensor.shape for name, tensor in _packed_tensors(_empty(about, config)).items()}
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"this model cannot be built again from {about} ({error}); pass model_args") from error
+    if again != {name: tensor.shape for name, tensor in tensors.items()}:
+        raise ValueError(
+            f"a model built from {about} is another one than this; pass model_args, the arguments of its create_model"
+        )

@@ -1,0 +1,200 @@
+"""What of a model was quantised, and what was not and why."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+from torch import Tensor, nn
+
+from hf_ext.ofq_quantizer import ops
+from hf_ext.ofq_quantizer.attention import QuantAttention
+from hf_ext.ofq_quantizer.convert import quantized_switches
+from hf_ext.ofq_quantizer.freeze import freeze
+from hf_ext.ofq_quantizer.frozen import FrozenWeight, IntegerWeight
+from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
+
+COLUMNS = (
+    "layer",
+    "kind",
+    "status",
+    "w bits",
+    "a bits",
+    "codes used",
+    "clipped",
+    "executed",
+    "packed bytes",
+    "fp32 bytes",
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear layer or convolution of the full-precision model, or a product of queries and keys (QKR).
+
+    Attributes:
+        name: of the module, or "<attention>.qk".
+        kind: "linear", "conv" or "qk_product".
+        status: "quantized", "skipped" (by skip_modules) or "full_precision".
+        reason: why it is not quantised, or what stands for it; None otherwise.
+        w_bits, a_bits: of weight and input; None where it is not quantised, or where "<attention>.qk" stands for it.
+        codes_used: how many different codes the weight has.
+        clipped_share: share of weights beyond the scale, which the quantiser clips; None once latent weights are gone.
+        executed: whether a forward has passed through the quantised code since the conversion.
+        packed_bytes, fp32_bytes: of the weight, packed and in the full-precision model; packed without its scales. A
+            product stands in no full-precision model, and has 0.
+    """
+
+    name: str
+    kind: Literal["linear", "conv", "qk_product"]
+    status: Literal["quantized", "skipped", "full_precision"]
+    reason: str | None
+    w_bits: int | None
+    a_bits: int | None
+    codes_used: int | None
+    clipped_share: float | None
+    executed: bool
+    packed_bytes: int
+    fp32_bytes: int
+
+
+@dataclass(frozen=True)
+class OFQReport:
+    """All layers, and the bytes of all tensors that `save_packed` would write; prints as a table."""
+
+    layers: list[LayerReport]
+    total_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(*COLUMNS, title=f"{self.total_bytes / 2**20:.2f} MiB packed")
+        for layer in self.layers:
+            status = layer.status if layer.reason is None else f"{layer.status}: {layer.reason}"
+            clipped = None if layer.clipped_share is None else f"{layer.clipped_share:.2%}"
+            numbers = (layer.w_bits, layer.a_bits, layer.codes_used, clipped)
+            yes = "yes" if layer.executed else "no"
+            shown = ("-" if number is None else str(number) for number in numbers)
+            table.add_row(
+                layer.name, layer.kind, status, *shown, yes, f"{layer.packed_bytes:,}", f"{layer.fp32_bytes:,}"
+            )
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=160)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get()
+
+
+@torch.no_grad()
+def report(model: nn.Module) -> OFQReport:
+    """Every linear layer and convolution of a quantised model: bits, codes, clipping, whether it ran, bytes.
+
+    Raises:
+        ValueError: the model is not quantised, or a weight has NaN or inf.
+    """
+    quantized_switches(model)
+    weights = freeze(model)
+    layers = list(_rows(model, weights))
+    return OFQReport(layers, _total_bytes(model, weights))
+
+
+def _rows(model: nn.Module, weights: dict[str, IntegerWeight]) -> Iterator[LayerReport]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantAttention) and f"{name}.qk" in weights:
+            a_bits = module.input_quantizer.bits
+            yield _quantized(
+                f"{name}.qk", "qk_product", weights[f"{name}.qk"], a_bits, module, _clipped_product(module)
+            )
+        elif isinstance(module, QuantWeight) and getattr(module, "reparametrized", False):
+            yield _factor(model, name, module, weights)
+        elif isinstance(module, QuantWeight) and name in weights:
+            kind = "conv" if isinstance(module, QuantConv2d) else "linear"
+            clipped = None if isinstance(module, FrozenWeight) else _clipped(module.weight, module.weight_quantizer())
+            yield _quantized(name, kind, weights[name], _input_bits(model, name, module), module, clipped)
+        elif isinstance(module, nn.Linear | nn.Conv2d):
+            yield _left(name, module)
+
+
+def _quantized(
+    name: str, kind: Any, weight: IntegerWeight, a_bits: int, module: Any, clipped: float | None
+) -> LayerReport:
+    rows, columns = weight.codes.shape
+    return LayerReport(
+        name,
+        kind,
+        "quantized",
+        None,
+        weight.bits,
+        a_bits,
+        len(weight.codes.unique()),
+        clipped,
+        module.executed,
+        rows * -(-columns * weight.bits // 8),
+        0 if kind == "qk_product" else weight.codes.numel() * 4,
+    )
+
+
+def _factor(model: nn.Module, name: str, layer: QuantLinear, weights: dict[str, IntegerWeight]) -> LayerReport:
+    """A layer that QKR reads as factors; where it makes the values too, those are its own."""
+    attention = name.rpartition(".")[0]
+    values = weights.get(f"{attention}.v")
+    a_bits = model.get_submodule(attention).input_quantizer.bits
+    bytes_ = layer.out_features * layer.in_features * 4
+    reason = f"queries and keys as {attention}.qk"
+    if values is None:
+        return LayerReport(name, "linear", "quantized", reason, None, a_bits, None, None, layer.executed, 0, bytes_)
+    latent = None if layer.weight.is_meta else _clipped(layer.weight.chunk(3)[2], layer.weight_quantizer())
+    row = _quantized(name, "linear", values, a_bits, layer, latent)
+    return LayerReport(**asdict(row) | {"reason": reason, "fp32_bytes": bytes_})
+
+
+def _left(name: str, module: nn.Module) -> LayerReport:
+    status, reason = getattr(module, "left_as_is", ("full_precision", "came into the model after the conversion"))
+    kind = "conv" if isinstance(module, nn.Conv2d) else "linear"
+    bytes_ = module.weight.numel() * 4
+    stored = module.weight.numel() * module.weight.element_size()
+    return LayerReport(name, kind, status, reason, None, None, None, None, False, stored, bytes_)
+
+
+def _input_bits(model: nn.Module, name: str, layer: QuantWeight) -> int:
+    shared = model.get_submodule(name.rpartition(".")[0])
+    return (layer.input_quantizer or shared.input_quantizer).bits
+
+
+def _clipped(weight: Tensor, quantizer: ops.WeightQuantizer) -> float:
+    weight = weight.detach().float().flatten(1)
+    if quantizer.scale is None:
+        outside = weight.abs() > quantizer.coefficient * weight.abs().mean(1, keepdim=True)
+    else:
+        low, high = ops.code_range(quantizer.bits, False)
+        ratio = weight / quantizer.scale[:, None].clamp(min=ops.SMALLEST_SCALE)
+        outside = (ratio < low) | (ratio > high)
+    return outside.float().mean().item()
+
+
+def _clipped_product(attention: QuantAttention) -> float | None:
+    weights = attention.low_bit_weights()
+    return _clipped(weights["qk"], attention.projections[-1].weight_quantizer()) if weights else None
+
+
+def _total_bytes(model: nn.Module, weights: dict[str, IntegerWeight]) -> int:
+    """Codes and scales of the integer weights, and every other tensor but the latent weights."""
+    packed = sum(w.codes.shape[0] * (-(-w.codes.shape[1] * w.bits // 8) + 4) for w in weights.values())
+    latent = {
+        id(tensor)
+        for module in model.modules()
+        if isinstance(module, QuantWeight)
+        for tensor in (
+            *(getattr(module, name, None) for name in ("integers", "step", "weight_scale_norm")),
+            None if isinstance(module, FrozenWeight) else module.weight,
+        )
+    }
+    return packed + sum(
+        tensor.nbytes for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in latent
+    )

@@ -1,0 +1,74 @@
+"""The report: every layer of the full-precision model has a row, and every number of it is that of an oracle."""
+
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hf_ext.ofq_quantizer import OFQConfig, calibrate, quantize, report
+
+SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+
+
+def converted(arch="vit_tiny_patch16_224", **options):
+    torch.manual_seed(0)
+    model = timm.create_model(arch, **SIZE)
+    layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    return quantize(model, OFQConfig(**options)), layers
+
+
+@pytest.mark.parametrize("reparam", [False, True], ids=["plain", "qkr"])
+def test_every_layer_of_the_full_precision_model_has_one_row(reparam):
+    model, layers = converted(qk_reparam=reparam)
+    names = [row.name for row in report(model).layers]
+    products = {f"blocks.{block}.attn.qk" for block in range(2)} if reparam else set()
+    assert len(names) == len(set(names))
+    assert set(names) == layers | products
+
+
+def test_executed_turns_true_with_the_first_forward_and_not_before():
+    model, _ = converted()
+    assert not any(row.executed for row in report(model).layers)
+    calibrate(model, [torch.randn(2, 3, 32, 32)])
+    assert all(row.executed for row in report(model).layers)
+
+
+def test_rows_say_what_each_layer_is_and_why_some_are_not_quantised():
+    model, _ = converted("vit_base_patch16_siglip_224", w_bits=3, a_bits=4, skip_modules=["blocks.1.mlp.fc?"])
+    rows = {row.name: row for row in report(model).layers}
+    assert (rows["patch_embed.proj"].kind, rows["patch_embed.proj"].w_bits) == ("conv", 8)
+    assert (rows["blocks.0.mlp.fc1"].w_bits, rows["blocks.0.mlp.fc1"].a_bits) == (3, 4)
+    assert {rows[f"blocks.1.mlp.fc{i}"].status for i in (1, 2)} == {"skipped"}
+    assert rows["attn_pool.kv"].status == "full_precision"
+    assert "pooling" in rows["attn_pool.kv"].reason
+    for row in rows.values():
+        assert (row.status == "quantized") == (row.reason is None) == (row.w_bits is not None)
+
+
+def test_codes_clipping_and_bytes_are_those_counted_by_hand():
+    model, _ = converted()
+    with torch.no_grad():
+        weight = model.blocks[0].mlp.fc1.weight.normal_()
+        weight[:, 7] = 30.0  # far beyond the scale of every row
+    (row,) = (row for row in report(model).layers if row.name == "blocks.0.mlp.fc1")
+    scale = 2 * weight.double().abs().mean(1, keepdim=True)
+    assert row.clipped_share == pytest.approx((weight.double().abs() > scale).double().mean().item(), abs=1e-6)
+    assert row.codes_used == 4
+    assert row.packed_bytes == len(weight) * math.ceil(weight.shape[1] * 2 / 8)
+    assert row.fp32_bytes == weight.numel() * 4
+
+
+def test_it_prints_as_a_table_and_turns_into_json():
+    import json
+
+    summary = report(converted(skip_modules=["head"])[0])
+    assert "blocks.1.attn.proj" in str(summary)
+    assert "skipped: matches skip_modules" in str(summary)
+    assert json.loads(json.dumps(summary.as_dict()))["total_bytes"] == summary.total_bytes
+
+
+def test_a_model_that_is_not_quantised_is_refused():
+    with pytest.raises(ValueError, match="not quantised"):
+        report(timm.create_model("vit_tiny_patch16_224", **SIZE))
