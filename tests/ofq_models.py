@@ -60,14 +60,20 @@ def codes_of(weight: Tensor, bits: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def statsq_of(weight: Tensor, bits: int = 2) -> Tensor:
+    """The gradient is the identity."""
     codes, scale = codes_of(weight, bits)
-    return (codes + 0.5) / 2 ** (bits - 1) * scale
+    rounded = (codes + 0.5) / 2 ** (bits - 1) * scale
+    return weight.double() + (rounded - weight).detach()
 
 
 def lsq_of(x: Tensor, scale: Tensor, bits: int = 2, positive: bool = False) -> Tensor:
-    """`scale` already broadcasts against `x`."""
+    """`scale` broadcasts against `x`; gradients straight through the rounding, the scale's with its factor g."""
     low, high = (0, 2**bits - 1) if positive else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return scale * (x.double() / scale).clamp(low, high).round()
+    scale = scale.double()
+    g = (high * x.numel() / scale.numel()) ** -0.5
+    scale = scale * g + (scale * (1 - g)).detach()
+    v = (x.double() / scale).clamp(low, high)
+    return scale * (v + (v.round() - v).detach())
 
 
 def initial_scale(x: Tensor, bits: int, positive: bool, kept: int | None) -> Tensor:

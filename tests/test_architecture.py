@@ -26,7 +26,7 @@ HEAVY = {"torch", "numpy", "numba", "rich", "typer", *HOSTS}
 PURE = {
     *("reference", "ops", "kernels", "segments", "engines"),
     *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice", "frame", "positions", "models"),
-    *("affine", "attention_ops"),
+    *("affine", "attention_kernels", "attention_ops", "integer_kernels", "loops", "packing", "quantizer_ops"),
 }
 
 

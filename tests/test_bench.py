@@ -38,7 +38,7 @@ def test_quick_run_of_every_benchmark(tmp_path):
         result = json.loads((tmp_path / f"{name}.json").read_text())
         assert result["rows"]
         assert {"processor", "device", "threads", "versions", "date"} <= set(result["machine"])
-        if name in ("anchor", "bone"):
+        if name in ("anchor", "bone", "ofq"):
             assert (tmp_path / f"{name}.png").stat().st_size > 10_000
         assert (tmp_path / f"{name}.md").read_text().count("\n|") == len(result["rows"]) + 2
 
@@ -101,13 +101,40 @@ def test_cuda_training_step_runs_and_learns_the_same_from_one_document(cuda_rows
     torch.testing.assert_close(gradients[0], model.lm_head.weight.grad, rtol=1e-5, atol=1e-8)
 
 
+def compare(what, ours, peer, *, peer_name, repeats=0, at_most=None, **rest):
+    """In the place of what measures by CUDA events."""
+    ours(), peer()
+    return harness.Row(what, peer_name, 1.0, 2.0, 2.0, target=at_most and f"ours <= {at_most:.2f} x", **rest)
+
+
+def test_cuda_rows_of_ofq_run(monkeypatch):
+    import timm
+
+    from hf_ext.bench import ofq_cuda
+
+    size = {"img_size": 16, "patch_size": 8, "embed_dim": 12, "depth": 1, "num_heads": 2, "num_classes": 3}
+    monkeypatch.setattr(ofq_cuda, "compare_cuda", compare)
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)  # test_ofq_families compiles
+    model = timm.create_model("vit_tiny_patch16_224", **size)
+    rows = list(ofq_cuda.step_rows(model, torch.randn(2, 3, 16, 16), repeats=1))
+    assert len(rows) == 4
+    assert all(row.ours > 0 and row.peer > 0 for row in rows)
+
+
+def test_fake_quantisation_beside_ofq_computes_the_same():
+    from hf_ext.bench import ofq
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 12)
+    naive = ofq.NaiveLinear(5, 12, 8)
+    ours = ofq.quantized_layer(naive, x)
+    naive.scale.data.copy_(ours.input_quantizer.scale.unsqueeze(-1))
+    assert torch.allclose(naive(x), ours(x), atol=1e-5)
+
+
 @pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
 def test_cuda_rows_of_bone_run(monkeypatch):
     from hf_ext.bench import bone_cuda
-
-    def compare(what, ours, peer, *, peer_name, repeats=0, at_most=None, **rest):
-        ours(), peer()
-        return harness.Row(what, peer_name, 1.0, 2.0, 2.0, target=at_most and f"ours <= {at_most:.2f} x", **rest)
 
     monkeypatch.setattr(bone_cuda, "compare_cuda", compare)
     monkeypatch.setattr(bone_cuda, "added_mib", lambda step: step() or 1.0)

@@ -1,5 +1,6 @@
 """`hf-ext demo`: the whole thing in small, and what it refuses."""
 
+import copy
 import json
 import os
 import re
@@ -14,12 +15,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 
 from hf_ext.bone_adapter import convert_to_miss
 from hf_ext.bone_adapter.layer import BoneLayer, BoneLinear
-from hf_ext.demo import bone, report, text
+from hf_ext.demo import bone, ofq, report, text
+from hf_ext.ofq_quantizer import IntegerWeight, load_packed
 
 
 def hf_ext(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
@@ -235,6 +238,44 @@ def test_the_check_of_bone_fails_if_it(quick, tmp_path, monkeypatch, fault, said
     assert re.search(said, outcome.check)
 
 
+def has_three_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes of three bits under the name of two."""
+    codes = torch.arange(-4, 4, dtype=torch.int8).repeat(4, 8)
+    weight = IntegerWeight(codes, torch.ones(4), 2, "statsq")
+    monkeypatch.setattr(ofq, "freeze", lambda model: {"layer": weight})
+
+
+def reads_back_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ofq, "load_packed", lambda folder: _shifted(load_packed(folder)))
+
+
+def rounds_otherwise_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ofq, "to_int8", lambda model: _shifted(copy.deepcopy(model)))
+
+
+def _shifted(model: torch.nn.Module) -> torch.nn.Module:
+    model.head.bias.data += 0.01
+    return model
+
+
+OFQ_FAULTS = {
+    has_three_bits: "at most 8 levels",
+    reads_back_wrongly: "read back, the logits are off by 1e-02",
+    rounds_otherwise_in_integers: "in int8 arithmetic by 1e-02",
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), OFQ_FAULTS.items(), ids=[fault.__name__ for fault in OFQ_FAULTS])
+def test_the_check_of_ofq_fails_if_it(quick, tmp_path, monkeypatch, fault, said):
+    _, out = quick
+    for folder in ("runs", "digits"):
+        shutil.copytree(out / folder, tmp_path / folder)
+    fault(monkeypatch)
+    outcome = ofq.judge(tmp_path)
+    assert not outcome.passed
+    assert re.search(said, outcome.check)
+
+
 def test_every_panel_has_its_baseline_in_grey(quick):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     _, out = quick
@@ -243,7 +284,8 @@ def test_every_panel_has_its_baseline_in_grey(quick):
     ):
         figure, axes = pyplot.subplots()
         import_module(f"hf_ext.demo.{name}").panel(axes, report.Outcome(string, "", "", "", True, numbers))
-        assert [line.get_color() for line in axes.lines] == ["0.6", "tab:blue"]
+        assert [line.get_color() for line in axes.lines[:2]] == ["0.6", "tab:blue"]
+        assert {line.get_color() for line in axes.lines} == {"0.6", "tab:blue"}
         pyplot.close(figure)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ class Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in {"mm", "bmm", "addmm", "baddbmm", "convolution", "linear", "matmul"}:
+        if name in {"mm", "bmm", "addmm", "baddbmm", "convolution", "_int_mm"}:
             operands = [x for x in tree_leaves(args) if isinstance(x, Tensor) and x.ndim > 1][-2:]
             if all(torch.equal(x, x.round()) and x.any() for x in operands):
                 self.seen.append(tuple(sorted(len(x.unique()) for x in operands)))
@@ -211,8 +212,7 @@ def quantized(model: nn.Module, role: str, x: Tensor, bits: int, positive: bool 
     """`view` brings a vector into the form that broadcasts against x."""
     a = activation_quantizers(model)[role]
     shifts = [0 if b is None else b.double() for b in (a.bias_in, a.bias_out)]
-    scale = a.scale.detach().double()
-    scale = scale[:, None] if len(scale) > 1 and view is None else scale
+    scale = a.scale[:, None] if len(a.scale) > 1 and view is None else a.scale
     return lsq_of(x.double() + shifts[0], scale, bits, positive) + shifts[1]
 
 
@@ -237,7 +237,7 @@ def attention(model: nn.Module, name: str, x: Tensor, bias: Any, w_bits: int, a_
         keys = roles[f"{name}:qkx"]
         t = x @ rounded.T + keys.bias_in.double()
         t = t.view(len(x), tokens * heads, -1)
-        t = lsq_of(t, keys.scale.detach().double()[:, None], a_bits).view(len(x), tokens, heads, -1)
+        t = lsq_of(t, keys.scale[:, None], a_bits).view(len(x), tokens, heads, -1)
         u = torch.einsum("hdj,hd->hj", w_k, biases[0].view(heads, d))
         scores = torch.einsum("bni,bmhi->bhnm", x, t) + torch.einsum("bmj,hj->bhm", x, u)[:, :, None]
         assert keys.bias_out is None
@@ -267,7 +267,7 @@ def boundary(model: nn.Module, name: str, x: Tensor) -> Tensor:
     layer = model.get_submodule(name)
     a = activation_quantizers(model)[f"{name}:input"]
     image = (-1, 1, 1) if x.ndim == 4 else (-1,)
-    x = lsq_of(x + a.bias_in.double().view(image), a.scale.double(), 8) + a.bias_out.double().view(image)
+    x = lsq_of(x + a.bias_in.double().view(image), a.scale, 8) + a.bias_out.double().view(image)
     scale = layer.weight_scale_norm.double().view(-1, *[1] * (layer.weight.ndim - 1))
     weight = lsq_of(layer.weight, scale, 8)
     bias = layer.bias.double()
@@ -284,11 +284,21 @@ def position_bias(module: nn.Module, mask: Any = None) -> Any:
     return bias if mask is None else bias + mask.repeat(2, 1, 1)[:, None].double()
 
 
+def assert_gradients(module: nn.Module, x: Tensor, found: Tensor, expected: Tensor, g: Tensor) -> None:
+    parts = {"x": x} | dict(module.named_parameters())
+    ours = torch.autograd.grad(found, list(parts.values()), g, allow_unused=True)
+    theirs = torch.autograd.grad(expected, list(parts.values()), g.double(), allow_unused=True)
+    for name, one, other in zip(parts, ours, theirs, strict=True):
+        assert (one is None) == (other is None), name
+        if one is not None:  # a shift of all keys cancels in the softmax, but for those that are clipped
+            assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=0.1), name
+
+
 @pytest.mark.parametrize("bits", [(2, 2), (4, 3)], ids=["w2a2", "w4a3"])
 @pytest.mark.parametrize("qkr", [False, True], ids=["plain", "qkr"])
 @pytest.mark.parametrize("family, options", [("vit", {}), ("vit", {"qkv_bias": False}), ("swin", {})])
 def test_every_module_computes_the_equations(family, options, qkr, bits):
-    """Each from the input that it got, with shifts at random; two images."""
+    """And their gradients, each from the input that it got, with shifts at random; two images."""
     model = calibrated(build(family, **options), qk_reparam=qkr, w_bits=bits[0], a_bits=bits[1])
     generator = torch.Generator().manual_seed(5)
     seen: dict[str, tuple[tuple, Tensor]] = {}
@@ -307,18 +317,20 @@ def test_every_module_computes_the_equations(family, options, qkr, bits):
         )
     logits(model, images(model))
     kinds = Counter()
-    with torch.no_grad():
-        for name, ((x, *others), out) in seen.items():
-            if name in ends:
-                expected = boundary(model, name, x)
-            elif name.endswith(".attn"):
-                mask = next((y for y in others if isinstance(y, Tensor)), None)
-                expected = attention(model, name, x, position_bias(model.get_submodule(name), mask), *bits)
-                kinds["masked"] += mask is not None
-            else:
-                expected = linear(model, name, x.flatten(1, -2), *bits).view_as(out)
-            assert (out - expected).abs().max() < 2e-5 * expected.abs().max(), name
-            kinds[name.rpartition(".")[2]] += 1
+    for name, ((x, *others), _) in seen.items():
+        module, x = model.get_submodule(name), x.clone().requires_grad_()
+        if name in ends:
+            expected = boundary(model, name, x)
+        elif name.endswith(".attn"):
+            mask = next((y for y in others if isinstance(y, Tensor)), None)
+            expected = attention(model, name, x, position_bias(module, mask), *bits)
+            kinds["masked"] += mask is not None
+        else:
+            expected = linear(model, name, x.flatten(1, -2), *bits).view(*x.shape[:-1], -1)
+        found = module(x, *others)
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max(), name
+        assert_gradients(module, x, found, expected, torch.randn(expected.shape, generator=generator))
+        kinds[name.rpartition(".")[2]] += 1
     blocks = 4 if family == "swin" else 2
     assert kinds["attn"] == kinds["fc1"] == kinds["fc2"] == blocks and len(seen) == len(names)
     assert kinds["masked"] == (1 if family == "swin" else 0)
@@ -340,6 +352,8 @@ def test_roles_are_those_of_the_paper():
     sizes = {role.removeprefix("blocks.0."): len(a.scale) for role, a in roles.items()}
     assert (sizes["attn:qkx"], sizes["attn:v"], sizes["attn:probs"], sizes["mlp.fc2:input"]) == (17 * 3, 48, 17, 17)
     assert sizes["head:input"] == sizes["patch_embed.proj:input"] == 1
+    normed = activation_quantizers(quantize(build("vit", scale_mlp_norm=True), OFQConfig()))
+    assert not any(a.positive for role, a in normed.items() if ".mlp." in role)
     gated = activation_quantizers(quantize(build("dinov2_swiglu"), OFQConfig()))
     assert not any(a.positive for role, a in gated.items() if ".mlp." in role)
 
@@ -410,6 +424,25 @@ def test_a_head_of_zeros_and_its_gradients(qkr):
     assert model.blocks[0].attn.qkv.weight.grad[:16].any()
 
 
+@pytest.mark.parametrize("qkr", [False, True], ids=["plain", "qkr"])
+def test_gradients_of_a_part_are_those_of_the_whole(qkr):
+    """Frozen scales, weights or biases, and the gradient of the images."""
+    model = calibrated(build("vit"), qk_reparam=qkr).train()
+    x = images(model).requires_grad_()
+    model(x).square().sum().backward()
+    whole = {name: value.grad for name, value in model.named_parameters()}
+    for part in ("scale_norm", "bias_in", "bias_out", "weight", "qkv.weight", "head.weight", "bias"):
+        again = x.detach().clone().requires_grad_(part == "weight")
+        for name, value in model.named_parameters():
+            value.grad = None
+            value.requires_grad_(name.endswith(part))
+        model(again).square().sum().backward()
+        for name, value in model.named_parameters():
+            assert (value.grad is None) == (not name.endswith(part)), name
+            assert value.grad is None or torch.equal(value.grad, whole[name]), name
+        assert again.grad is None or torch.equal(again.grad, x.grad)
+
+
 # --- compiled and exported
 
 
@@ -457,6 +490,27 @@ def test_ends_and_chosen_layers_stay_as_they_are():
         f"blocks.1.{end}"
         for end in ("attn.qkv:input", "attn:q", "attn:k", "attn:v", "attn:probs", "attn.proj:input", "mlp.fc2:input")
     }
+
+
+LEFT_OUT = [("vit", "*.qkv"), ("beit", "*.attn.*"), ("swinv2", "*.qkv"), ("eva02_split", "*.v_proj")]
+LEFT_OUT += [("eva02_split", "*.attn.*"), ("eva02", "blocks.0"), ("swin", "layers.1"), ("dinov2_swiglu", "*.mlp")]
+
+
+@pytest.mark.parametrize("family, pattern", LEFT_OUT)
+def test_layers_that_a_pattern_leaves_out_are_the_hosts(family, pattern):
+    """A pattern that matches a module takes out all that is in it."""
+    stock = build(family)
+    model = calibrated(copy.deepcopy(stock), skip_modules=[pattern])
+    out = [name for name in stock.state_dict() if fnmatchcase(name, f"{pattern}.*")]
+    assert out and all(quantizer.ready for quantizer in activation_quantizers(model).values())
+    assert not [role for role in activation_quantizers(model) if fnmatchcase(role, f"{pattern}[.:]*")]
+    for name, module in stock.named_modules():
+        if isinstance(module, nn.Linear) and any(key.startswith(f"{name}.") for key in out):
+            assert type(model.get_submodule(name)) is type(module), name
+    x = images(stock)
+    with full_precision(model):
+        torch.testing.assert_close(logits(model, x), logits(stock, x), rtol=1e-4, atol=1e-4)
+    assert not torch.equal(logits(model, x), logits(stock, x))
 
 
 def fingerprint(model: nn.Module) -> tuple[list, dict]:

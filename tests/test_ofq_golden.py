@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_ext.ofq_quantizer import ops
+from hf_ext.ofq_quantizer import ops, reference
 from hf_ext.ofq_quantizer.attention_ops import quantized_attention
 from hf_ext.ofq_quantizer.distillation import distillation_loss
 from hf_ext.ofq_quantizer.ops import Activation, WeightQuantizer
@@ -191,6 +191,65 @@ def test_reparametrised_attention(bits, anneal):
     output.backward(case["grad_output"])
     assert (output - case["output"]).abs().max() <= 2e-5
     assert_gradients(inputs, part(case, f"anneal_{anneal}.grad." if anneal else "grad."))
+
+
+# --- the same of the equations
+
+
+def activated(inputs, x, role, bits, *, positive=False, view=lambda vector: vector):
+    scale, shifts = inputs[f"{role}.scale"], (inputs[f"{role}.bias_in"], inputs[f"{role}.bias_out"])
+    scale = view(scale) if role == "v" else scale[:, None]
+    return reference.activation(x, scale, bits, positive, *map(view, shifts))
+
+
+def projected(inputs, x, bits):
+    return x @ reference.statsq(inputs["proj.weight"], bits).T + inputs["proj.bias"]
+
+
+@pytest.mark.parametrize("kind", ["signed", "unsigned"])
+def test_linear_of_the_reference(kind):
+    case = part(stored("linear"), f"{kind}.")
+    inputs = leaves(case)
+    x = activated(inputs, inputs["x"], "input", 2, positive=kind == "unsigned")
+    output = x @ reference.statsq(inputs["weight"], 2).T + inputs["bias"]
+    output.backward(case["grad_output"])
+    assert (output - case["output"]).abs().max() <= 5e-6
+    assert_gradients(inputs, part(case, "grad."))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_attention_of_the_reference(bits):
+    case = stored(f"attention_w{bits}a{bits}")
+    inputs = leaves(case)
+    x = activated(inputs, inputs["x"], "qkv:input", bits)
+    qkv = x @ reference.statsq(inputs["qkv.weight"], bits).T + inputs["qkv.bias"]
+    factors = zip("qkv", map(heads, qkv.chunk(3, -1)), strict=True)
+    q, k, v = (activated(inputs, x, role, bits, view=by_head) for role, x in factors)
+    out = reference.attend(reference.logits(q, k), v, inputs["probs.scale"][:, None], bits)
+    output = projected(inputs, activated(inputs, out, "proj:input", bits), bits)
+    output.backward(case["grad_output"])
+    assert (output - case["output"]).abs().max() <= 2e-5
+    assert_gradients(inputs, part(case, "grad."))
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_reparametrised_attention_of_the_reference(bits):
+    case = stored(f"attention_qkr_qbias_w{bits}a{bits}")
+    inputs = leaves(case)
+    (wq, wk, wv), (bq, _, bv) = inputs["qkv.weight"].chunk(3), inputs["qkv.bias"].chunk(3)
+    wq, wk, bq = (w.unflatten(0, (HEADS, -1)) for w in (wq, wk, bq))
+    x = activated(inputs, inputs["x"], "input", bits)
+    v = activated(inputs, heads(x @ reference.statsq(wv, bits).T + bv), "v", bits, view=by_head)
+    qkx = inputs["qkx.scale"], inputs["qkx.bias_in"]
+    logits = reference.reparametrised_logits(x, wq, wk, bq, *qkx, bits, bits)
+    out = reference.attend(logits, v, inputs["probs.scale"][:, None], bits)
+    output = projected(inputs, activated(inputs, out, "proj:input", bits), bits)
+    output.backward(case["grad_output"])
+    assert (output - case["output"]).abs().max() <= 2e-5
+    assert_gradients(inputs, part(case, "grad."))
+
+
+# --- the rest
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

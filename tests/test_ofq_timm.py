@@ -11,7 +11,8 @@ import timm
 import torch
 from ofq_models import FAMILIES, VIT, build, images
 from processes import answer, run_python
-from timm.models import load_checkpoint, resume_checkpoint, save_for_hf
+from timm.models import load_checkpoint, resume_checkpoint
+from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
@@ -146,10 +147,11 @@ def weights(tmp_path: Path) -> tuple[nn.Module, str]:
 @pytest.mark.parametrize("recipe", ["ofq_w2a2", "ofq_w4a4_qkr"])
 def test_pretrained_loads_the_weights_of_the_base_and_converts_them(weights, recipe):
     stock, file = weights
-    model = create(recipe, pretrained=True, pretrained_cfg_overlay={"file": file, "num_classes": 10})
+    overlay = {"file": file, "num_classes": 10, "custom_load": False}
+    model = create(recipe, pretrained=True, pretrained_cfg_overlay=overlay)
     expected = quantize(copy.deepcopy(stock), OFQConfig(int(recipe[5]), int(recipe[7]), recipe.endswith("_qkr")))
     assert_same(model.state_dict(), expected.state_dict())
-    other = create(recipe, pretrained=True, num_classes=7, pretrained_cfg_overlay={"file": file, "num_classes": 10})
+    other = create(recipe, pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
     found = other.state_dict()
     assert found["head.weight"].shape == (7, 48) and found["head.weight_scale_norm"].shape == (7,)
     for name, value in stock.state_dict().items():

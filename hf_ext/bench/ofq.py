@@ -66,7 +66,7 @@ def linear_rows(images: int, repeats: int) -> Iterator[Row]:
     gradient = torch.randn(images, tokens, outputs)
     plain, naive = nn.Linear(columns, outputs), NaiveLinear(tokens, columns, outputs)
     naive.scale.data.copy_(lsq_init(x, 2).unsqueeze(-1))
-    ours = _quantized_layer(plain, x)
+    ours = quantized_layer(plain, x)
     what = f"linear layer {columns} to {outputs}, {images} x {tokens} tokens, W2A2"
     for peer, name, step_limit, bytes_limit in ((plain, LINEAR, 1.15, 1.05), (naive, NAIVE, None, None)):
         yield compare(
@@ -92,12 +92,14 @@ def linear_rows(images: int, repeats: int) -> Iterator[Row]:
         )
 
 
-def _quantized_layer(plain: nn.Linear, x: Tensor) -> nn.Module:
+def quantized_layer(plain: nn.Linear, x: Tensor) -> nn.Module:
     """`plain` as OFQ has it inside a model, with its scales."""
     from hf_ext.ofq_quantizer.convert import convert_linear
     from hf_ext.ofq_quantizer.quantizer import Switches
 
-    layer = convert_linear(copy.deepcopy(plain), Switches(OFQConfig()), tokens=x.shape[1], unsigned=False)
+    layer = nn.Linear(plain.in_features, plain.out_features)
+    layer.load_state_dict({name: plain.state_dict()[name] for name in ("weight", "bias")})
+    layer = convert_linear(layer, Switches(OFQConfig()), tokens=x.shape[1], unsigned=False)
     layer(x)  # the first forward of training sets the scales
     return layer
 

@@ -48,6 +48,14 @@ class QuantAttention(nn.Module):
         """Bias of a joint projection (3 * heads * head_dim)."""
         return self.projections[0].bias
 
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """One of `projections` of x (batch, tokens, width); as it is where skip_modules left it so."""
+        joint = len(self.projections) == 1
+        bias = self.joint_bias() if joint else layer.bias
+        if isinstance(layer, QuantLinear):
+            return layer.product(x, layer.input_quantizer if joint else self.input_quantizer, bias)
+        return F.linear(x, layer.weight, bias)
+
     @property
     def query_weight(self) -> Tensor:
         return self.factor(0)[0]
@@ -74,7 +82,7 @@ class QuantAttention(nn.Module):
             for layer in self.projections if len(self.projections) == 1 else self.projections[:2]:
                 layer.reparametrized = True
         else:
-            if len(self.projections) == 3:
+            if len(self.projections) == 3 and any(isinstance(layer, QuantLinear) for layer in self.projections):
                 self.input_quantizer = self._quantizer(tokens, width, width)
             self.q_quantizer = self._quantizer(tokens, inner, inner)
             self.k_quantizer = self._quantizer(tokens, inner)

@@ -8,15 +8,12 @@ from torch.autograd.function import Function, once_differentiable
 
 from hf_ext.ofq_quantizer import attention_kernels, kernels
 from hf_ext.ofq_quantizer.kernels import Activation
-from hf_ext.ofq_quantizer.ops import (
+from hf_ext.ofq_quantizer.ops import integer_sums_fit, largest, no_autocast, product_dtype
+from hf_ext.ofq_quantizer.quantizer_ops import (
     activation_gradients,
     bounded,
     dequantized,
-    integer_sums_fit,
     integers,
-    largest,
-    no_autocast,
-    product_dtype,
     row_sum,
     scale_gradient,
 )
@@ -45,10 +42,25 @@ def quantized_attention(
     `((acc * s_v) + b_v * rowsum[n]) * s_p[n]`; acc are products of integers, rowsum sums of those of the probabilities.
     Under autocast, in other dtypes and where acc could exceed 2^24, the products of the quantised values in the dtype
     of nn.Linear. The gradients of scales depend on the batch size as in `quantize_activation`.
+
+    Raises:
+        ValueError: aq, ak or ap has a scale a channel, av one a token, or there is a shift which must not be.
     """
+    _check(aq, ak, av, ap)
     tensors = (q, k, v, logit_bias, aq.scale, aq.bias_in, aq.bias_out, ak.scale, ak.bias_in)
     ranges = tuple((a.bits, a.positive) for a in (aq, ak, av, ap))
     return _Attention.apply(*tensors, av.scale, av.bias_in, av.bias_out, ap.scale, ranges, scaling, product_dtype(q))
+
+
+def _check(aq: Activation, ak: Activation, av: Activation, ap: Activation) -> None:
+    """Scales leave the sum over what two factors share only if they do not vary along it."""
+    for name, a in (("q", aq), ("k", ak), ("the probabilities", ap)):
+        if a.scale.shape[-1] != 1:
+            raise ValueError(f"{name} takes one scale, or one a token, not {tuple(a.scale.shape)}")
+    if av.scale.dim() > 1 and av.scale.shape[-2] != 1:
+        raise ValueError(f"v takes one scale, or one a channel, not {tuple(av.scale.shape)}")
+    if any(shift is not None for shift in (ak.bias_out, ap.bias_in, ap.bias_out)):
+        raise ValueError("k takes no bias_out, which would cancel in the softmax, and the probabilities take no shifts")
 
 
 class _Operands(NamedTuple):
@@ -112,14 +124,14 @@ def _float(x: Tensor, a: Activation, o: _Operands) -> Tensor:
     return dequantized(x, a).to(o.dtype)
 
 
-def _gradients(g: Tensor, o: _Operands) -> tuple[Tensor | None, ...]:
+def _gradients(g: Tensor, o: _Operands, needs_bias: bool) -> tuple[Tensor | None, ...]:
     """dL/d (q^, k^, v^), the first two without the factor `scaling`; of the probabilities' scale, of the bias."""
     g = g.unflatten(-1, (o.v.shape[1], o.v.shape[-1])).transpose(1, 2)
     probs = _probs(o)
     dv = _float(probs, o.ap, o).transpose(-2, -1) @ g
     dp, dscale, *_ = activation_gradients(probs, o.ap, g @ _float(o.v, o.av, o).transpose(-2, -1))
     dl = probs * (dp - (dp * probs).sum(-1, keepdim=True))
-    dbias = None if o.bias is None else dl.sum_to_size(o.bias.shape)
+    dbias = dl.sum_to_size(o.bias.shape) if needs_bias else None
     dl = dl.to(o.dtype)
     dq = (dl @ _float(o.k, o.ak, o)).sum_to_size(o.q.shape)
     return dq, dl.transpose(-2, -1) @ _float(o.q, o.aq, o), dv, dscale, dbias
@@ -158,34 +170,29 @@ class _Attention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        o = _operands(*ctx.saved_tensors, *ctx.rest)
+        o, needs_bias = _operands(*ctx.saved_tensors, *ctx.rest), ctx.needs_input_grad[3]
         with no_autocast(g):
             if o.suit_kernels() and kernels.accept(g):
-                dq, dk, dv, dscale, dbias = attention_kernels.backward(g, *o[:3], o[4:8], o.scaling, o.bias)
+                dq, dk, dv, dscale, dbias = attention_kernels.backward(g, *o[:3], o[4:8], o.scaling, o.bias, needs_bias)
                 dscale = scale_gradient(dscale, o.ap, dscale.numel() * o.k.shape[2])
             else:
-                dq, dk, dv, dscale, dbias = _gradients(g, o)
+                dq, dk, dv, dscale, dbias = _gradients(g, o, needs_bias)
             dq, *of_aq = activation_gradients(o.q, o.aq, dq, o.scaling)
             dk, *of_ak = activation_gradients(o.k, o.ak, dk, o.scaling)
             dv, *of_av = activation_gradients(o.v, o.av, dv)
         return dq, dk, dv, dbias, *of_aq, *of_ak[:2], *of_av, dscale, None, None, None
 
 
-def _operands(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
-    *parts: Any,
-) -> _Operands:
-    """From the arguments of `_Attention.forward`."""
-    *tensors, ranges, scaling, dtype = parts
+def _operands(*arguments: Any) -> _Operands:
+    """From those of `_Attention.forward`."""
+    *tensors, ranges, scaling, dtype = arguments
     q_range, k_range, v_range, p_range = ranges
     return _Operands(
-        *(q, k, v, bias),
-        Activation(*tensors[:3], *q_range),
-        Activation(*tensors[3:5], None, *k_range),
-        Activation(*tensors[5:8], *v_range),
-        Activation(tensors[8], None, None, *p_range),
-        *(scaling, dtype),
+        *tensors[:4],
+        Activation(*tensors[4:7], *q_range),
+        Activation(*tensors[7:9], None, *k_range),
+        Activation(*tensors[9:12], *v_range),
+        Activation(tensors[12], None, None, *p_range),
+        scaling,
+        dtype,
     )

@@ -22,13 +22,17 @@ class HostAttention(QuantAttention):
     def head_count(self) -> int:
         return self.num_attention_heads
 
+    @property
+    def scaling_of_logits(self) -> float:
+        return self.head_dim**-0.5
+
     def mix(self, x: Tensor, bias: Tensor | None, dropout: float, wants_weights: bool) -> tuple[Tensor, Tensor | None]:
         """softmax(q k^T / sqrt(d) + bias) v, and the rounded probabilities (batch, heads, tokens, tokens) if wanted.
 
         x (batch, tokens, width) -> (batch, tokens, heads * d). The probabilities are computed once more for this, and
         come before dropout.
         """
-        scaling = (self.query_weight.shape[0] // self.heads) ** -0.5
+        scaling = self.scaling_of_logits
         self.wants_weights = wants_weights
         if self.reparametrized:
             y = self.reparam_attend(x, scaling, bias, dropout)
@@ -65,6 +69,10 @@ class SplitAttention(HostAttention):
     @property
     def projections(self) -> tuple[QuantLinear, ...]:
         return self.query, self.key, self.value
+
+    @property
+    def scaling_of_logits(self) -> float:
+        return self.attention_head_size**-0.5
 
     def forward(
         self, hidden_states: Tensor, head_mask: Tensor | None = None, **kwargs: Any

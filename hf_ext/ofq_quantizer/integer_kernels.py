@@ -45,7 +45,12 @@ def quantize_by_channel(x, strides, scale, shift, low, high, zero, codes):
         for n in range(tokens):
             for h in range(heads):
                 start = b * strides[0] + h * strides[1] + n * strides[2]
-                row, add, out, divisor = x[start : start + width], shift[min(h, len(shift) - 1)], codes[b, h, n], scale[h]
+                row, add, out, divisor = (
+                    x[start : start + width],
+                    shift[min(h, len(shift) - 1)],
+                    codes[b, h, n],
+                    scale[h],
+                )
                 for c in range(width):
                     out[c] = _code((row[c] + add[c]) / divisor[c], low, high, zero)
 

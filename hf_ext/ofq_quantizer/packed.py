@@ -1,6 +1,7 @@
 """Small files: the codes of the weights packed to their bits, or the latent weights as an ordinary checkpoint."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from hf_ext.ofq_quantizer.freeze import drop_latents, freeze, frozen_copy
 from hf_ext.ofq_quantizer.frozen import FrozenWeight
 from hf_ext.ofq_quantizer.origin import build, describe, save_plain
 from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
+from hf_ext.ofq_quantizer.probe import image_shape
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
+# Stops whoever takes the folder for a checkpoint of its own: timm by the architecture, the automatic classes of
+# transformers by the type of model, and its other classes, which would start anew what they miss, by the dtype.
 FORMAT = "ofq_packed"
+STOPS = dict.fromkeys(("format", "architecture", "model_type", "dtype"), FORMAT)
 CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
@@ -32,15 +37,15 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
         ValueError: the model is not quantised or not calibrated, a weight has NaN or inf, or the model cannot be built
             again from what it says of itself.
     """
-    frozen = frozen_copy(model)
+    frozen = frozen_copy(model).cpu()
     about = describe(model, model_args)
     config = quantized_switches(model)[0].config
     tensors = _packed_tensors(frozen)
-    _check_rebuilt(tensors, about, config)
+    _check_rebuilt(frozen, tensors, about, config)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / TENSORS, metadata={"format": FORMAT})
-    text = json.dumps({"format": FORMAT, "ofq": config.to_dict(), **about}, indent=1)
+    text = json.dumps(STOPS | {"ofq": config.to_dict(), "base": about}, indent=1)
     (directory / CONFIG).write_text(text + "\n")
 
 
@@ -54,17 +59,10 @@ def load_packed(directory: str | Path) -> nn.Module:
         ValueError: the folder is none of `save_packed`.
     """
     directory = Path(directory)
-    about = json.loads((directory / CONFIG).read_text())
-    if about.get("format") != FORMAT:
+    config = json.loads((directory / CONFIG).read_text())
+    if config.get("format") != FORMAT:
         raise ValueError(f"{directory} was not written by save_packed: its config.json does not say {FORMAT!r}")
-    model = _empty(about, OFQConfig.from_dict(about["ofq"]))
-    tensors = load_file(directory / TENSORS)
-    for name, module in model.named_modules():
-        if isinstance(module, FrozenWeight):
-            codes = unpack_codes(tensors.pop(f"{name}.codes"), module.weight_bits, module.integers.shape[1])
-            tensors[f"{name}.integers"] = codes if module.method == "lsq" else codes * 2 + 1
-    model.load_state_dict(tensors | _flags(model), strict=True)
-    return model
+    return _filled(config["base"], OFQConfig.from_dict(config["ofq"]), load_file(directory / TENSORS))
 
 
 def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -84,7 +82,7 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
         raise ValueError("this model holds integers and no latent weights; export the model it was made from")
     plain = build(describe(model, model_args))
     own = model.state_dict()
-    plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True)
+    plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True, assign=True)
     save_plain(plain, directory, model_args)
 
 
@@ -97,7 +95,7 @@ def _packed_tensors(frozen: nn.Module) -> dict[str, torch.Tensor]:
         if isinstance(module, FrozenWeight):
             del tensors[f"{name}.integers"]
             tensors[f"{name}.codes"] = pack_codes(weights[name].codes, weights[name].bits)
-    return {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
 def _flags(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -109,17 +107,36 @@ def _flags(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _empty(about: dict[str, Any], config: OFQConfig) -> nn.Module:
-    return drop_latents(quantize(build(about), config))
+def _filled(about: dict[str, Any], config: OFQConfig, tensors: dict[str, torch.Tensor]) -> nn.Module:
+    """The model that these packed tensors are of."""
+    model, tensors = drop_latents(quantize(build(about), config)), dict(tensors)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenWeight):
+            codes = unpack_codes(tensors.pop(f"{name}.codes"), module.weight_bits, module.integers.shape[1])
+            tensors[f"{name}.integers"] = codes if module.method == "lsq" else codes * 2 + 1
+    model.load_state_dict(tensors | _flags(model), strict=True, assign=True)  # each tensor in its own dtype
+    return model.requires_grad_(False)
 
 
-def _check_rebuilt(tensors: dict[str, torch.Tensor], about: dict[str, Any], config: OFQConfig) -> None:
-    """Better now than when the file is all that is left."""
+def _check_rebuilt(
+    frozen: nn.Module, tensors: dict[str, torch.Tensor], about: dict[str, Any], config: OFQConfig
+) -> None:
+    """Better now than when the file is all that is left: not all that matters shows in the shapes of the tensors."""
     try:
-        again = {name: tensor.shape for name, tensor in _packed_tensors(_empty(about, config)).items()}
-    except (TypeError, RuntimeError) as error:
+        again = _filled(about, config, tensors)
+        image = torch.randn(1, *image_shape(frozen), dtype=getattr(torch, about["dtype"]))
+        same = all(map(torch.equal, _outputs(frozen, image), _outputs(again, image)))
+    except (TypeError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"this model cannot be built again from {about} ({error}); pass model_args") from error
-    if again != {name: tensor.shape for name, tensor in tensors.items()}:
+    if not same:
         raise ValueError(
-            f"a model built from {about} is another one than this; pass model_args, the arguments of its create_model"
+            f"a model built from {about} computes something else than this one; pass model_args, the arguments of its "
+            "create_model"
         )
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module, image: torch.Tensor) -> list[torch.Tensor]:
+    output: Any = model(image)
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+    return [value.nan_to_num() for value in values if isinstance(value, torch.Tensor)]

@@ -44,7 +44,11 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
 
 def _bits(values: Tensor, count: int) -> Tensor:
     """(..., n) -> (..., n, count), the lowest bit first."""
-    return values.unsqueeze(-1).bitwise_right_shift(torch.arange(count, dtype=values.dtype, device=values.device)).bitwise_and(1)
+    return (
+        values.unsqueeze(-1)
+        .bitwise_right_shift(torch.arange(count, dtype=values.dtype, device=values.device))
+        .bitwise_and(1)
+    )
 
 
 def _check_bits(bits: int) -> None:

@@ -81,8 +81,8 @@ class Planner:
         return list(heads) if isinstance(heads, tuple | list) else [heads]
 
     def skipped(self, name: str) -> bool:
-        """Whether a pattern of the configuration takes this module out."""
-        return any(fnmatchcase(name, pattern) for pattern in self.config.skip_modules)
+        """Whether a pattern of the configuration takes this module out, or one that it is a part of."""
+        return any(fnmatchcase(parent, pattern) for parent in _parents(name) for pattern in self.config.skip_modules)
 
     def tokens(self, name: str, module: nn.Module) -> int:
         """Number of tokens of an image, or of a window, that enter the module."""
@@ -164,10 +164,9 @@ class Planner:
             self.plan.low_bit[name] = (self.tokens(name, module), name in self.seen.unsigned)
 
     def _reason_to_leave(self, name: str, module: nn.Linear | nn.Conv2d) -> tuple[str, str] | None:
-        above = [".".join(name.split(".")[:depth]) for depth in range(1, name.count(".") + 2)]
-        if any(self.skipped(parent) for parent in above):
+        if self.skipped(name):
             return SKIPPED, "matches skip_modules"
-        for parent in above:
+        for parent in _parents(name):
             reason = self.subtrees.get(parent) or self.left_alone.get(type(self.modules[parent]))
             if reason is not None:
                 return FULL_PRECISION, reason
@@ -179,6 +178,12 @@ class Planner:
             return FULL_PRECISION, "a convolution with overlap, padding or groups is no patch embedding"
         boundary = isinstance(module, nn.Conv2d) or any(module is head for head in self.heads)
         return (FULL_PRECISION, "boundary_bits=None") if boundary and self.config.boundary_bits is None else None
+
+
+def _parents(name: str) -> list[str]:
+    """The names of the modules that a module is in, and its own."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _computes_attention(module: nn.Module) -> bool:

@@ -37,9 +37,13 @@ def activation(x: Tensor, scale: Tensor, bits: int, positive: bool, bias_in: Ten
     return lsq(x + bias_in, scale, bits, positive) + bias_out
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, probs_scale: Tensor, bits: int, bias: Tensor | float = 0.0) -> Tensor:
-    """softmax(q k^T d^-0.5 + bias) quantised, times v: quantised (B, h, N, d) each; returns (B, N, h d)."""
-    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+def logits(q: Tensor, k: Tensor, bias: Tensor | float = 0.0) -> Tensor:
+    """q k^T d^-0.5 + bias of quantised q, k (B, h, N, d)."""
+    return q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + bias
+
+
+def attend(logits: Tensor, v: Tensor, probs_scale: Tensor, bits: int) -> Tensor:
+    """Their softmax, quantised, times the quantised v (B, h, N, d): (B, N, h d)."""
     return (lsq(logits.softmax(-1), probs_scale, bits, positive=True) @ v).transpose(1, 2).flatten(2)
 
 

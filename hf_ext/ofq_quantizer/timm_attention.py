@@ -62,7 +62,7 @@ class QuantSwinV2Attention(QuantAttention, swin_transformer_v2.WindowAttention):
         bias = self._position_bias()
         if mask is not None:
             bias = _windows(bias, mask, x)
-        qkv = self.qkv.product(x, self.qkv.input_quantizer, self.joint_bias())
+        qkv = self.project(self.qkv, x)
         q, k, v = (self.split(part) for part in qkv.chunk(3, dim=-1))
         temperature = torch.clamp(self.logit_scale, max=math.log(1.0 / 0.01)).exp()
         q, k = F.normalize(q, dim=-1) * temperature, F.normalize(k, dim=-1)
@@ -90,7 +90,7 @@ class QuantBeitAttention(QuantAttention, beit.Attention):
         if self.reparametrized:
             y = self.reparam_attend(x, self.scale, bias, self.attn_drop.p)
         else:
-            qkv = self.qkv.product(x, self.qkv.input_quantizer, self.joint_bias())
+            qkv = self.project(self.qkv, x)
             q, k, v = (self.split(part) for part in qkv.chunk(3, dim=-1))
             y = self.attend(q, k, v, self.scale, bias, self.attn_drop.p)
         return self.proj_drop(self.proj(y))
@@ -114,7 +114,8 @@ class QuantEvaAttention(QuantAttention, eva.EvaAttention):
     ) -> Tensor:
         gate = None if getattr(self, "gate", None) is None else self.gate(x).sigmoid()
         q, k, v = (self.split(part) for part in self._project(x))
-        q, k = self.q_norm(q), self.k_norm(k)
+        if hasattr(self, "q_norm"):  # the oldest timm has none
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = (self._rotate(part, rope).type_as(v) for part in (q, k))
         y = self.attend(q, k, v, self.scale, _additive(attn_mask, is_causal, x), self.attn_drop.p)
@@ -123,8 +124,8 @@ class QuantEvaAttention(QuantAttention, eva.EvaAttention):
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.qkv is not None:
-            return self.qkv.product(x, self.qkv.input_quantizer, self.joint_bias()).chunk(3, dim=-1)
-        return tuple(layer.product(x, self.input_quantizer, layer.bias) for layer in self.projections)
+            return self.project(self.qkv, x).chunk(3, dim=-1)
+        return tuple(self.project(layer, x) for layer in self.projections)
 
     def _rotate(self, x: Tensor, rope: Tensor) -> Tensor:
         kept, turned = x[:, :, : self.num_prefix_tokens], x[:, :, self.num_prefix_tokens :]
