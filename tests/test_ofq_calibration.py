@@ -145,6 +145,12 @@ def test_modes_and_gradients_are_as_before():
     assert [module.training for module in model.modules()] == modes
 
 
+def test_dropout_and_stochastic_depth_do_not_touch_a_calibration():
+    noisy = converted(sizes={"drop_path_rate": 0.5, "proj_drop_rate": 0.5, "pos_drop_rate": 0.5}).train()
+    assert_same(calibrated_by(noisy, 0), calibrated_by(converted(), 0))
+    assert activation_quantizers(noisy)["blocks.0.mlp.fc2:input"].positive
+
+
 @pytest.mark.parametrize(
     "batches, message",
     [
@@ -235,20 +241,22 @@ def test_an_image_has_the_same_logits_in_every_batch_and_in_training(family, qkr
 
 
 def test_dropout_of_probabilities_comes_after_their_rounding():
-    """All of it dropped leaves the bias of the projection; in evaluation it does nothing."""
+    """Values of 1 leave the sums of the probabilities: with half of them dropped, twice a whole number of steps."""
     model = calibrate(converted(sizes={"attn_drop_rate": 0.5}), [images(build(), 4)])
     plain = calibrate(converted(), [images(build(), 4)])
     x = images(model, 4)
     assert torch.equal(logits(model, x), logits(plain, x))
+    attn, seen = model.blocks[0].attn, []
+    with torch.no_grad():
+        attn.qkv.weight[96:] = 0
+        attn.qkv.bias[96:] = 1
+        attn.v_quantizer.scale_norm.fill_(1)
+    attn.proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     torch.manual_seed(0)
-    one, other = model.train()(x), model(x)
-    assert not torch.equal(one, other)
-    assert_same(scales(model), scales(plain))
-    for block in model.blocks:
-        block.attn.attn_drop = nn.Dropout(1.0)
-    attn = model.blocks[0].attn
-    found = attn(torch.randn(2, 17, 48))
-    assert (found - found[:1, :1]).abs().max() <= 1e-6 * found.abs().max()
+    first, second = model.train()(x), model(x)
+    assert not torch.equal(first, second)
+    steps = seen[0] / attn.probs_quantizer.scale[:, None] / 2
+    assert (steps - steps.round()).abs().max() < 1e-4 and steps.max() > 2
 
 
 # --- casts and copies

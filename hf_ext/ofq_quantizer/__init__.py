@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from hf_ext.ofq_quantizer.config import OFQConfig
     from hf_ext.ofq_quantizer.convert import activation_quantizers, calibrate, full_precision, quantize
     from hf_ext.ofq_quantizer.distillation import distillation_loss, distillation_loss_func
-    from hf_ext.ofq_quantizer.freeze import IntegerWeight, freeze
+    from hf_ext.ofq_quantizer.freezing import IntegerWeight, freeze
     from hf_ext.ofq_quantizer.integer import to_int8
     from hf_ext.ofq_quantizer.onnx_export import export_onnx
     from hf_ext.ofq_quantizer.ops import low_confidence, lsq, lsq_init, statsq, statsq_codes
@@ -50,7 +50,7 @@ __all__ = [
 _HOME = {
     "ConfidenceAnnealing": "annealing",
     "ConfidenceAnnealingCallback": "annealing",
-    "IntegerWeight": "freeze",
+    "IntegerWeight": "freezing",
     "OFQConfig": "config",
     "OFQReport": "reporting",
     "OscillationCallback": "oscillation",
@@ -61,7 +61,7 @@ _HOME = {
     "distillation_loss_func": "distillation",
     "export_fp": "packed",
     "export_onnx": "onnx_export",
-    "freeze": "freeze",
+    "freeze": "freezing",
     "full_precision": "convert",
     "load_packed": "packed",
     "low_confidence": "ops",
@@ -82,9 +82,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _HOME:
-        # Under the name from now on: a module of the same name, once loaded, would stand in the function's place.
-        globals()[name] = found = getattr(import_module(f"hf_ext.ofq_quantizer.{_HOME[name]}"), name)
-        return found
+        return getattr(import_module(f"hf_ext.ofq_quantizer.{_HOME[name]}"), name)
     raise AttributeError(f"module 'hf_ext.ofq_quantizer' has no attribute {name!r}; it offers {', '.join(__all__)}")
 
 

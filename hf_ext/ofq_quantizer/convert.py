@@ -39,6 +39,10 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
         modules[name].set_up(switches, tokens)
     for name, why in plan.left.items():
         modules[name].left_as_is = why
+    if hasattr(model, "add_model_tags"):  # of transformers
+        from hf_ext.ofq_quantizer.hf_quantizer import adopt
+
+        adopt(model, config)
     return model
 
 

@@ -9,20 +9,19 @@ for all.
 """
 
 import numpy as np
-from numba import njit
 
-_compiled = njit(error_model="numpy", nogil=True)
+from hf_ext.ofq_quantizer.loops import added, compiled
 
 
-@_compiled
-def _code(ratio, low, high, zero):
+@compiled
+def _code(ratio, low, high, zero) -> np.int8:
     ratio = ratio if ratio > low else low
     ratio = ratio if ratio < high else high
     return np.int8(np.rint(ratio) - zero)
 
 
-@_compiled
-def quantize_by_row(x, strides, scale, shift, low, high, zero, codes):
+@compiled
+def quantize_by_row(x, strides, scale, shift, low, high, zero, codes) -> None:
     """x (B, H, N, D), scale (H, N), shift (H, D) -> codes int8 (B, H, N, D), less `zero`."""
     low, high, zero = np.float32(low), np.float32(high), np.float32(zero)
     batch, heads, tokens, width = codes.shape
@@ -36,8 +35,8 @@ def quantize_by_row(x, strides, scale, shift, low, high, zero, codes):
                     out[c] = _code((row[c] + add[c]) / divisor, low, high, zero)
 
 
-@_compiled
-def quantize_by_channel(x, strides, scale, shift, low, high, zero, codes):
+@compiled
+def quantize_by_channel(x, strides, scale, shift, low, high, zero, codes) -> None:
     """The same with scale (H, D)."""
     low, high, zero = np.float32(low), np.float32(high), np.float32(zero)
     batch, heads, tokens, width = codes.shape
@@ -55,8 +54,8 @@ def quantize_by_channel(x, strides, scale, shift, low, high, zero, codes):
                     out[c] = _code((row[c] + add[c]) / divisor[c], low, high, zero)
 
 
-@_compiled
-def quantize_patches(x, scale, shift, tall, wide, low, high, codes):
+@compiled
+def quantize_patches(x, scale, shift, tall, wide, low, high, codes) -> None:
     """x (B, C, H, W), scale (1, 1), shift (1, C) -> codes int8 (B, rows * columns, C * tall * wide) of the patches."""
     low, high, zero = np.float32(low), np.float32(high), np.float32(0)
     batch, channels, _, width = x.shape
@@ -73,8 +72,8 @@ def quantize_patches(x, scale, shift, tall, wide, low, high, codes):
                         out[j] = _code((row[j] + add) / divisor, low, high, zero)
 
 
-@_compiled
-def quantize_probabilities(probs, scale, high, zero, codes, sums):
+@compiled
+def quantize_probabilities(probs, scale, high, zero, codes, sums) -> None:
     """probs (B, H, N, M), scale (H, N) -> codes int8 (B, H, N, M), less `zero`, and their sums (B, H, N), with it."""
     low, high, offset = np.float32(0), np.float32(high), np.float32(zero)
     batch, heads, tokens, width = codes.shape
@@ -91,13 +90,8 @@ def quantize_probabilities(probs, scale, high, zero, codes, sums):
                 sums[b, h, n] = total
 
 
-@njit(error_model="numpy", nogil=True, fastmath={"reassoc", "nsz"})
-def _added(total, term):
-    return total + term
-
-
-@_compiled
-def dots(codes, vector, out):
+@compiled
+def dots(codes, vector, out) -> None:
     """Products of codes int8 (B, H, N, D) and vector (H, D) -> (B, H, N), summed in float64 and rounded once."""
     batch, heads, tokens, width = codes.shape
     for b in range(batch):
@@ -106,12 +100,12 @@ def dots(codes, vector, out):
             for n in range(tokens):
                 row, total = codes[b, h, n], 0.0
                 for c in range(width):
-                    total = _added(total, np.float64(np.float32(row[c]) * by[c]))
+                    total = added(total, np.float64(np.float32(row[c]) * by[c]))
                 out[b, h, n] = total
 
 
-@_compiled
-def rescale(acc, correction, scale, step, offset, out):
+@compiled
+def rescale(acc, correction, scale, step, offset, out) -> None:
     """(acc + correction) * scale * step + offset: acc (B, N, C), correction, step, offset (C,), scale (1, N).
 
     `out` is the memory of acc as float32, here and below.
@@ -127,8 +121,8 @@ def rescale(acc, correction, scale, step, offset, out):
                 to[c] = new[c]
 
 
-@_compiled
-def rescale_logits(acc, left, shift, right, bias, strides, out):
+@compiled
+def rescale_logits(acc, left, shift, right, bias, strides, out) -> None:
     """(acc * left + shift) * right + bias: acc (B, H, N, M), left (H, N), shift (B, H, M), right (H, M)."""
     batch, heads, tokens, width = acc.shape
     new = np.empty(width, np.float32)
@@ -145,8 +139,8 @@ def rescale_logits(acc, left, shift, right, bias, strides, out):
                     to[m] = new[m]
 
 
-@_compiled
-def rescale_values(acc, correction, scale, shift, sums, probs_scale, out):
+@compiled
+def rescale_values(acc, correction, scale, shift, sums, probs_scale, out) -> None:
     """((acc + correction) * scale + shift * sums) * probs_scale, with the heads of a token side by side.
 
     acc (B, H, N, D), correction (B, H, D), scale and shift (H, D), sums (B, H, N), probs_scale (H, N);

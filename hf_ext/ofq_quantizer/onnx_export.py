@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_ext.ofq_quantizer.freeze import frozen_copy
+from hf_ext.ofq_quantizer.freezing import frozen_copy
 from hf_ext.ofq_quantizer.probe import image_shape
 
 if TYPE_CHECKING:

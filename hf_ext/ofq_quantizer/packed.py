@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
-from hf_ext.ofq_quantizer.freeze import drop_latents, freeze, frozen_copy
+from hf_ext.ofq_quantizer.freezing import drop_latents, freeze, frozen_copy
 from hf_ext.ofq_quantizer.frozen import FrozenWeight
 from hf_ext.ofq_quantizer.origin import build, describe, save_plain
 from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.attention import QuantAttention
 from hf_ext.ofq_quantizer.convert import quantized_switches
-from hf_ext.ofq_quantizer.freeze import freeze
+from hf_ext.ofq_quantizer.freezing import freeze
 from hf_ext.ofq_quantizer.frozen import FrozenWeight, IntegerWeight
 from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
 
