@@ -120,9 +120,16 @@ def test_a_row_has_four_levels_of_two_bits(kind):
         assert torch.allclose(row.unique().double(), torch.tensor([-3, -1, 1, 3]) * step, rtol=5e-3)
 
 
-def test_a_compiled_graph_rounds_as_eager_does():
-    weight = torch.randn(64, 1000)
-    assert torch.equal(torch.compile(ops.statsq, fullgraph=True)(weight, 2), ops.statsq(weight, 2))
+@pytest.mark.parametrize("way", ["functions", "compiled"])
+def test_statsq_gives_the_same_bits_every_way(take, way):
+    weight = torch.randn(256, 1000)
+    expected, mask = ops.statsq(weight, 2), ops.low_confidence(weight, 2)
+    if way == "compiled":
+        assert torch.equal(torch.compile(ops.statsq, fullgraph=True)(weight, 2), expected)
+    else:
+        take(way)
+        assert torch.equal(ops.statsq(weight, 2), expected)
+        assert torch.equal(ops.low_confidence(weight, 2), mask)
 
 
 @pytest.mark.parametrize("way", ["functions", "int8 kernels"])
@@ -232,6 +239,14 @@ def test_a_scale_below_the_smallest_learns(take, way):
     output, (gradient,) = run(lambda s: ops.lsq(torch.full((1, 2), 0.3), s, 2), [scale], torch.ones(1, 2))
     assert torch.allclose(output, torch.full((1, 2), 1e-5))
     assert torch.allclose(gradient, torch.tensor([2 / 2**0.5]))  # both are clipped at Qp = 1; g = (Qp 2)^-0.5
+
+
+@pytest.mark.parametrize("way", ["functions", "int8 kernels"])
+def test_a_value_on_the_edge_of_the_range_is_not_clipped(take, way):
+    take(way)
+    x = torch.tensor([[-1.01, -1.0, 0.5, 0.51]]).requires_grad_()  # Qn s = -1, Qp s = 0.5
+    _, (gradient,) = run(lambda x: ops.lsq(x, torch.tensor([0.5]), 2), [x], torch.ones(1, 4))
+    assert torch.equal(gradient, torch.tensor([[0.0, 1, 1, 0]]))
 
 
 def test_the_gradient_of_a_scale_depends_on_the_batch_size():
@@ -476,6 +491,19 @@ def test_attention_gives_the_same_bits_every_way(take, case):
     assert_same_bits(take, operation, tensors)
 
 
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_spreads_in_attention_alike_every_way(take, name):
+    tensors, operation, _ = attention_of("plain")
+    tensors = {name: x.detach() for name, x in tensors.items()}
+    tensors[name][1, 2, 3, 4] = torch.nan
+    outputs = []
+    for way in WAYS:
+        take(way)
+        outputs.append(operation(tensors))
+    assert outputs[0].isnan().sum() == {"q": D, "k": N * D, "v": N}[name]
+    assert all(torch.equal(output.nan_to_num(1e9), outputs[0].nan_to_num(1e9)) for output in outputs)
+
+
 @pytest.mark.parametrize("kind", ["bfloat16", "autocast", "large sums"])
 def test_attention_multiplies_floats_where_sums_would_not_be_exact(monkeypatch, kind):
     tensors, operation, _ = attention_of("plain")
@@ -519,13 +547,13 @@ def test_attention_refuses_a_scale_that_does_not_leave_the_sum(name, scale, mess
 
 
 class Block(nn.Module):
-    """A linear layer, and the attention of its output."""
+    """A linear layer, the attention of its output, and a product with a weight quantised by itself."""
 
     def __init__(self):
         super().__init__()
         tensors, *_ = attention_of("plain")
         self.rest = nn.ParameterDict({name: x.detach() for name, x in tensors.items() if name not in ("q", "k", "v")})
-        self.linear = nn.Linear(IN, 3 * H * D)
+        self.linear, self.last = nn.Linear(IN, 3 * H * D), nn.Linear(H * D, H * D)
         self.scale, self.bias_in, self.bias_out = (nn.Parameter(x.clone()) for x in TOKENS[:3])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -533,7 +561,7 @@ class Block(nn.Module):
         qkv = quantized_linear(x, self.linear.weight, self.linear.bias, a, STATSQ)
         q, k, v = qkv.unflatten(-1, (3, H, D)).permute(2, 0, 3, 1, 4)
         how = (activation(self.rest, f"{name}_", BITS, name == "p") for name in "qkvp")
-        return quantized_attention(q, k, v, *how, D**-0.5)
+        return F.linear(quantized_attention(q, k, v, *how, D**-0.5), ops.statsq(self.last.weight, 2))
 
 
 def test_a_compiled_graph_is_whole_and_has_the_gradients():
@@ -545,7 +573,7 @@ def test_a_compiled_graph_is_whole_and_has_the_gradients():
             block.zero_grad()
             output = module(images)
             output.sum().backward()
-            gradients.append([output.detach(), *(p.grad for p in block.parameters())])
+            gradients.append([output.detach(), *(p.grad for p in block.parameters() if p is not block.last.bias)])
         assert_near(*gradients, 1e-4)
 
 

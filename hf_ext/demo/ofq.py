@@ -23,7 +23,7 @@ def prepare(out: Path, quick: bool) -> list[Run]:
     """Write scikit-learn's digits as a data set and the script beside it; return the commands to run."""
     images = write_digits(out / "digits")
     shutil.copy(Path(__file__).with_name("train_images.py"), out / "train_images.py")
-    epochs = {"float": 2, "ofq": 1} if quick else {"float": 20, "ofq": 12}
+    epochs = {"float": 5, "ofq": 2} if quick else {"float": 20, "ofq": 12}
     steps = {name: count * -(-(images - TEST_IMAGES) // 64) for name, count in epochs.items()}
     script = ["train_images.py", "--dataset", "digits"]
     size = ["--model_kwargs", *(f"{name}={value}" for name, value in SIZE.items())]

@@ -161,7 +161,7 @@ def _run_all(runs: list[Run], out: Path) -> None:
     for run, (status, log) in zip(runs, logs, strict=True):
         if status:
             raise DemoError(f"{run.name}: exit status {status}. Its last lines:\n{log[-3000:]}")
-        used = set(re.findall(r"^hf_ext: using (\S+) \(", log, re.MULTILINE))
+        used = set(re.findall(r"hf_ext: using (\S+) \(", log))
         if used != {run.proof} - {None}:
             raise DemoError(
                 f"{run.name} should have executed {run.proof or 'no name of ours'}, and executed {used or 'none'}"

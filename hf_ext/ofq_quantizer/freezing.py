@@ -54,7 +54,7 @@ def drop_latents(model: nn.Module) -> nn.Module:
         elif isinstance(module, QuantWeight) and name in weights and not isinstance(module, FrozenWeight):
             module.__class__ = FrozenLinear if isinstance(module, QuantLinear) else FrozenConv2d
             module.hold(weights[name])
-    return model.requires_grad_(False).eval()
+    return model.eval()
 
 
 def _drop_factors(attention: QuantAttention, product: IntegerWeight, values: IntegerWeight | None) -> None:

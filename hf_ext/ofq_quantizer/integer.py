@@ -21,6 +21,7 @@ from hf_ext.ofq_quantizer.ops import code_range, integer_sums_fit
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 
 
+@torch.no_grad()
 def to_int8(model: nn.Module) -> nn.Module:
     """A copy of a calibrated model that multiplies integers, for inference on the CPU.
 
@@ -67,7 +68,7 @@ class Int8Quantizer(ActivationQuantizer):
         """Compute the arrays."""
         low, high = code_range(self.bits, self.positive)
         self.limits, self.largest = (low, high, 128 if high > 127 else 0), max(-low, high)
-        scale = self.scale.clamp(min=ops.SMALLEST_SCALE)
+        scale = self.scale.detach().clamp(min=ops.SMALLEST_SCALE)
         if self.axis == -1:
             scale = scale.view(self.heads, -1)
         else:

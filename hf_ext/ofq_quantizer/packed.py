@@ -115,7 +115,7 @@ def _filled(about: dict[str, Any], config: OFQConfig, tensors: dict[str, torch.T
             codes = unpack_codes(tensors.pop(f"{name}.codes"), module.weight_bits, module.integers.shape[1])
             tensors[f"{name}.integers"] = codes if module.method == "lsq" else codes * 2 + 1
     model.load_state_dict(tensors | _flags(model), strict=True, assign=True)  # each tensor in its own dtype
-    return model.requires_grad_(False)
+    return model
 
 
 def _check_rebuilt(
