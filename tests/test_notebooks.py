@@ -51,23 +51,6 @@ print(json.dumps({
 }))
 """
 
-OFQ_FACTS = """
-import json
-print(json.dumps({
-    "splits": [x.tolist() for x in (training, validation, test)], "seeds": [tuning_seed, *SEEDS],
-    "rates": RATES, "tuning": [list(tuning[m].values()) for m in METHODS], "best": list(best.values()),
-    "results": {m: v.tolist() for m, v in results.items()}, "verdicts": verdicts | {"QKR": qkr_verdict},
-    "levels": {m: [len(row.unique()) for layer in models[m][0].modules() if isinstance(layer, QuantLinear)
-               and layer.weight_bits == 2 and not layer.reparametrized
-               for row in quantized_weight(layer.weight, layer.weight_quantizer())] for m in list(METHODS)[1:]},
-    "zeros": {m: any((quantized_weight(layer.weight, layer.weight_quantizer()) == 0).any().item()
-              for layer in models[m][0].modules() if isinstance(layer, QuantLinear) and layer.weight_bits == 2
-              and not layer.reparametrized) for m in list(METHODS)[1:]},
-    "shares": {name: v.tolist() for name, v in shares.items()}, "after": {n: v.tolist() for n, v in after.items()},
-    "off": [off_packed, off_integers], "bytes": [float_bytes, packed_bytes],
-}))
-"""
-
 
 @pytest.fixture(params=SOURCES, ids=lambda path: path.stem)
 def pair(request):
@@ -124,13 +107,7 @@ def bone(tmp_path_factory):
     return run("bone_adapter", BONE_FACTS, tmp_path_factory.mktemp("bone"))
 
 
-@pytest.fixture(scope="module")
-def ofq(tmp_path_factory):
-    facts = "from hf_ext.ofq_quantizer.ops import quantized_weight" + OFQ_FACTS
-    return run("ofq_quantizer", facts, tmp_path_factory.mktemp("ofq"))
-
-
-@pytest.mark.parametrize(("name", "figures"), [("anchor", 4), ("bone", 2), ("ofq", 2)])
+@pytest.mark.parametrize(("name", "figures"), [("anchor", 4), ("bone", 2)])
 def test_a_fresh_run_is_quiet_and_draws_its_figures(name, figures, request):
     _, notebook = request.getfixturevalue(name)
     assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
@@ -269,40 +246,3 @@ def test_bone_runs_as_stock_lora(bone):
     assert facts["exported"] == ["LORA", 8]
     assert facts["errors"] == [0.0] * 12
     assert facts["apart"] < 1e-4 < 0.01 < facts["moved"]
-
-
-# --- OFQ: full precision, LSQ, StatsQ, StatsQ + QKR
-
-
-def test_digits_are_split_once_and_rates_chosen_apart_from_the_test(ofq):
-    facts, _ = ofq
-    training, validation, test = map(set, facts["splits"])
-    assert len(training | validation | test) == len(training) + len(validation) + len(test) == 1797
-    assert len(set(facts["seeds"])) == len(facts["seeds"])
-    for by_rate, best in zip(facts["tuning"], facts["best"], strict=True):
-        assert best == facts["rates"][by_rate.index(max(by_rate))]
-
-
-def test_every_method_has_two_bits_and_lsq_alone_has_a_zero(ofq):
-    facts, _ = ofq
-    for method, levels in facts["levels"].items():
-        assert 2 < max(levels) <= 4, method
-    assert facts["zeros"] == {"LSQ": True, "StatsQ": False, "StatsQ + QKR": False}
-    assert len({tuple(values) for values in facts["results"].values()}) == 4
-
-
-def test_verdicts_of_ofq_are_those_of_a_paired_t_test(ofq):
-    from scipy.stats import ttest_rel
-
-    results, verdicts = ofq[0]["results"], ofq[0]["verdicts"]
-    pairs = {name: (name, "LSQ") for name in ("StatsQ", "StatsQ + QKR")} | {"QKR": ("StatsQ + QKR", "StatsQ")}
-    for name, (ours, theirs) in pairs.items():
-        outcome = ttest_rel(results[ours], results[theirs])
-        sign = "better" if outcome.statistic > 0 else "worse"
-        assert verdicts[name] == (sign if outcome.pvalue < 0.05 else "no difference shown")
-
-
-def test_packed_and_integer_models_are_the_trained_one(ofq):
-    facts, _ = ofq
-    assert facts["off"] == [0.0, 0.0]
-    assert facts["bytes"][1] < facts["bytes"][0] / 3

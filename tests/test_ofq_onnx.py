@@ -68,7 +68,7 @@ def test_onnxruntime_gives_the_logits_of_the_model(files, kind):
     model, path = exported(files, kind)
     x = torch.randn(COUNT, 3, 32, 32, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        expected = copy.deepcopy(model).float()(x)
+        expected = copy.deepcopy(model).to(torch.float32)(x)
     expected = {"logits": expected} if isinstance(expected, Tensor) else expected
     found = run(path, x)
     assert found["logits"].std(0).min() > 0.01 * found["logits"].std()
@@ -84,7 +84,7 @@ def test_outputs_of_transformers_keep_their_names(files):
     found = run(path, x)
     assert list(found) == ["logits", "hidden_states_0", "hidden_states_1"]
     with torch.no_grad():
-        expected = copy.deepcopy(model).float()(x).hidden_states
+        expected = copy.deepcopy(model).to(torch.float32)(x).hidden_states
     torch.testing.assert_close(found["hidden_states_0"], expected[0], rtol=1e-4, atol=1e-4)
 
 

@@ -154,6 +154,7 @@ def test_a_masked_gradient_is_zero_where_it_is_infinite():
 # --- LSQ: where the scale and the shifts of a tensor may be
 
 H, N, C = 3, 7, 10
+D, BITS = 6, 3  # of the attention
 
 
 def activation(t, prefix, bits, positive=False):
@@ -326,6 +327,13 @@ def assert_same_bits(take, operation, tensors):
 
 
 @pytest.mark.skipif(not kernels.multiplies_int8(), reason="products of 8 bits may saturate")
+def test_eight_bits_of_attention_go_through_int8(take):
+    tensors, operation, _ = attention_of("plain", bits=8)
+    tensors |= {f"{name}_scale": tensors[f"{name}_scale"].detach() / 40 for name in "qkvp"}
+    assert_same_bits(take, operation, tensors)
+
+
+@pytest.mark.skipif(not kernels.multiplies_int8(), reason="products of 8 bits may saturate")
 def test_eight_bits_unsigned_and_signed_go_through_int8(take):
     x, weight, bias = torch.randn(2, N, 100), torch.randn(OUT, 100), torch.randn(OUT)
     a = Activation(scales(N, 1) / 50, None, torch.randn(100), 8, True)
@@ -349,6 +357,19 @@ def test_two_threads_change_nothing(kind):
         torch.set_num_threads(1)
     assert torch.equal(output, its_output)
     assert_near(gradients, its_gradients, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention"])
+@pytest.mark.parametrize("way", ["functions", "float kernels"])
+def test_a_backward_under_autocast_multiplies_as_its_forward_did(take, way, kind):
+    take(way)
+    tensors, operation, _ = linear_of("signed") if kind == "linear" else attention_of("plain")
+    output = operation(tensors)
+    g, leaves = torch.randn(output.shape), list(tensors.values())
+    expected = torch.autograd.grad(output, leaves, g, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = torch.autograd.grad(output, leaves, g)
+    assert_near(actual, expected, 1e-6)
 
 
 TOKENS = Activation(torch.full((N, 1), 0.6), torch.full((IN,), 0.1), torch.full((IN,), -0.2), 2, False)
@@ -438,7 +459,6 @@ def test_linear_refuses_a_scale_a_channel():
 
 # --- attention
 
-D, BITS = 6, 3
 ATTENTION = {  # heads of the queries; scales of the queries, keys and probabilities; the logits' bias
     "plain": (H, (N, 1), (N, 1), (N, 1), None),
     "shared queries": (1, (N, 1), (H, N, 1), (N, 1), (4, H, 1, N)),
@@ -449,7 +469,7 @@ ATTENTION = {  # heads of the queries; scales of the queries, keys and probabili
 }
 
 
-def attention_of(case):
+def attention_of(case, bits=BITS):
     """Tensors, the operation and the equation of them."""
     left, of_q, of_k, of_p, of_bias = ATTENTION[case]
     tensors = {name: (torch.randn(4, N, n, D) * 2).transpose(1, 2) for name, n in zip("qkv", (left, H, H), strict=True)}
@@ -461,12 +481,12 @@ def attention_of(case):
     tensors = {name: x.detach().requires_grad_() for name, x in tensors.items()}
 
     def operation(t):
-        how = (activation(t, f"{name}_", BITS, name == "p") for name in "qkvp")
+        how = (activation(t, f"{name}_", bits, name == "p") for name in "qkvp")
         return quantized_attention(t["q"], t["k"], t["v"], *how, D**-0.5, t.get("bias"))
 
     def equation(t):
-        q, k, v = (activated(t, name, f"{name}_", BITS) for name in "qkv")
-        return reference.attend(reference.logits(q, k, t.get("bias", 0.0)), v, t["p_scale"], BITS)
+        q, k, v = (activated(t, name, f"{name}_", bits) for name in "qkv")
+        return reference.attend(reference.logits(q, k, t.get("bias", 0.0)), v, t["p_scale"], bits)
 
     return tensors, operation, equation
 
@@ -508,11 +528,11 @@ def test_nan_spreads_in_attention_alike_every_way(take, name):
 def test_attention_multiplies_floats_where_sums_would_not_be_exact(monkeypatch, kind):
     tensors, operation, _ = attention_of("plain")
     tensors = {name: x.detach() for name, x in tensors.items()}
-    dtype = torch.float32 if kind == "large sums" else torch.bfloat16
+    dtype, sums = torch.float32 if kind == "large sums" else torch.bfloat16, set()
     if kind == "bfloat16":
         tensors |= {name: tensors[name].bfloat16() for name in "qkv"}
     if kind == "large sums":
-        monkeypatch.setattr("hf_ext.ofq_quantizer.attention_ops.integer_sums_fit", lambda *sizes: False)
+        monkeypatch.setattr("hf_ext.ofq_quantizer.attention_ops.integer_sums_fit", lambda *size: sums.add(size))
     q, k, v = (ops.quantize_activation(tensors[n].float(), activation(tensors, f"{n}_", BITS)).to(dtype) for n in "qkv")
     probs = (q @ k.transpose(-2, -1)).float().mul(D**-0.5).softmax(-1)
     probs = ops.quantize_activation(probs, activation(tensors, "p_", BITS, True)).to(dtype)
@@ -520,6 +540,8 @@ def test_attention_multiplies_floats_where_sums_would_not_be_exact(monkeypatch, 
         output = operation(tensors)
     assert output.dtype == dtype
     assert torch.equal(output, (probs @ v).transpose(1, 2).flatten(2))
+    if kind == "large sums":
+        assert sums == {(D, 4, 4), (N, 7, 4)}
 
 
 def test_attention_keeps_its_inputs_only():

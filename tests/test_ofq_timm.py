@@ -91,6 +91,21 @@ def test_every_keyword_goes_on():
         create(no_such_keyword=1)
 
 
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_a_backbone_that_gives_features(family):
+    architecture, sizes = FAMILIES[family]
+    sizes = {name: value for name, value in sizes.items() if name != "num_classes"}
+    features = {"features_only": True, "out_indices": (0, 1)}
+    model = timm.create_model(f"ofq_w2a2.{architecture}", **sizes, **features)
+    stock = timm.create_model(architecture, **sizes, **features)
+    x = torch.randn(2, 3, 32, 32)
+    assert [y.shape for y in model.train()(x)] == [y.shape for y in stock(x)]
+    if family == "vit":
+        with pytest.raises(ValueError, match="dynamic_img_size"):
+            timm.create_model(f"ofq_w2a2.{architecture}", dynamic_img_size=True, **sizes, **features)
+    assert sum(role.endswith(":probs") for role in activation_quantizers(model)) == (4 if family == "swin" else 2)
+
+
 def test_tags_are_those_of_the_base():
     model = timm.create_model(f"ofq_w2a2.{VIT_NAME}.augreg_in21k", img_size=32, embed_dim=12, num_heads=3, depth=1)
     assert model.num_classes == 21843

@@ -217,7 +217,7 @@ class _Logits:
         if aq.bias_out is not None:
             vectors = aq.bias_out.detach().reshape(-1, width)
             self.c = kernels.row_dots(key.values, vectors, m).view(batch, heads * m)
-        self.bias = None if bias is None else _expanded(bias, (batch, heads, n, m))
+        self.bias = None if bias is None else bias.expand(batch, heads, n, m)
 
     def __call__(self, images: slice) -> Tensor:
         (heads, m), (left, n) = self.k.shape[1:3], self.q.shape[1:3]
@@ -233,13 +233,6 @@ class _Logits:
         step = max(1, _CHUNK // max(1, heads * n * m))
         for start in range(0, batch, step):
             yield slice(start, min(start + step, batch))
-
-
-def _expanded(bias: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """The bias as (B, h, N, M), with memory of its own for the last axis only."""
-    bias = bias.detach()
-    last = bias if bias.shape[-1] == shape[-1] else bias.expand(*bias.shape[:-1], shape[-1]).contiguous()
-    return last.expand(shape)
 
 
 def _by_channel(a: Activation, x: Tensor) -> Activation:

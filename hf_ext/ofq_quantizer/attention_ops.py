@@ -162,10 +162,9 @@ class _Attention(Function):
         ctx.save_for_backward(*saved, p_scale)
         ctx.rest = ranges, scaling, dtype
         o = _operands(*saved, p_scale, *ctx.rest)
-        with no_autocast(q):
-            if o.suit_kernels():
-                return attention_kernels.forward(q, k, v, o[4:8], scaling, bias)
-            return _output(o).transpose(1, 2).flatten(2)
+        if o.suit_kernels():
+            return attention_kernels.forward(q, k, v, o[4:8], scaling, bias)
+        return _output(o).transpose(1, 2).flatten(2)
 
     @staticmethod
     @once_differentiable

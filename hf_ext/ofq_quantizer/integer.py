@@ -229,8 +229,9 @@ def multiply(left: Tensor, right: Tensor, bits: int, out: Tensor) -> None:
 def _tell_if_close(switches: Switches, columns: int, left: int, right: int, dtype: torch.dtype) -> None:
     if dtype != torch.float32 or not integer_sums_fit(columns, left, right):
         switches.warn_once(
-            "this model of to_int8 is close to the one it was made from, and not equal bit for bit: that one is not of "
-            "float32, or multiplies floats where a sum of products of integers can exceed 2^24"
+            "this model of to_int8 is close to the one it was made from, not equal bit for bit: that one is not of "
+            "float32, or multiplies floats where a sum of products of integers can exceed 2^24. What lies on a "
+            "threshold may get the next code"
         )
 
 

@@ -48,7 +48,7 @@ def quantize_by_channel(x, strides, scale, shift, low, high, zero, codes) -> Non
                     x[start : start + width],
                     shift[min(h, len(shift) - 1)],
                     codes[b, h, n],
-                    scale[h],
+                    scale[min(h, len(scale) - 1)],
                 )
                 for c in range(width):
                     out[c] = _code((row[c] + add[c]) / divisor[c], low, high, zero)
@@ -149,7 +149,7 @@ def rescale_values(acc, correction, scale, shift, sums, probs_scale, out) -> Non
     batch, heads, tokens, width = acc.shape
     for b in range(batch):
         for h in range(heads):
-            add, by, extra = shift[min(h, len(shift) - 1)], scale[h], correction[b, h]
+            add, by, extra = shift[min(h, len(shift) - 1)], scale[min(h, len(scale) - 1)], correction[b, h]
             for n in range(tokens):
                 row, to, total = acc[b, h, n], out[b, n, h], np.float32(sums[b, h, n])
                 factor = probs_scale[min(h, len(probs_scale) - 1), min(n, probs_scale.shape[1] - 1)]

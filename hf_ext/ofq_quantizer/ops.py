@@ -128,12 +128,10 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """For backward, which may be called under another autocast than forward, and gets the dtype of that."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    # A compiled backward is traced twice, the second time under the autocast of the forward: the graph must say it.
-    needed = torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()
-    return torch.autocast(kind, enabled=False) if needed else nullcontext()
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 # --- the linear layer
@@ -214,8 +212,7 @@ class _Linear(Function):
         w = WeightQuantizer(weight_bits, coefficient, weight_scale)
         ctx.save_for_backward(x, weight, scale, bias_in, bias_out, weight_scale)
         ctx.rest = bits, positive, weight_bits, coefficient, dtype, None if bias is None else bias.dtype
-        with no_autocast(x):
-            return _linear(x, weight, bias, a, w, dtype)
+        return _linear(x, weight, bias, a, w, dtype)
 
     @staticmethod
     @once_differentiable

@@ -10,7 +10,7 @@ from torch import nn
 from hf_ext.ofq_quantizer.attention import QuantAttention
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.layers import QuantWeight
-from hf_ext.ofq_quantizer.probe import Trace, timm_model, trace
+from hf_ext.ofq_quantizer.probe import Trace, backbone, timm_model, trace
 
 HOSTS = {"timm.": "timm_attention", "transformers.": "hf_attention"}
 SKIPPED, FULL_PRECISION = "skipped", "full_precision"
@@ -77,6 +77,8 @@ class Planner:
         host = timm_model(self.model)
         if host is None:
             return [module for module in self.model.children() if isinstance(module, nn.Linear)]
+        if not hasattr(host, "get_classifier"):  # timm's features_only
+            return []
         heads = host.get_classifier()
         return list(heads) if isinstance(heads, tuple | list) else [heads]
 
@@ -121,6 +123,7 @@ class Planner:
         host = timm_model(self.model)
         if self.config.activation_scale != "token" or host is None:
             return
+        host = backbone(host)
         for what, varies in (
             ("dynamic_img_size", getattr(host, "dynamic_img_size", False)),
             ("dynamic_img_pad", getattr(getattr(host, "patch_embed", None), "dynamic_img_pad", False)),

@@ -70,7 +70,7 @@ def image_shape(model: nn.Module) -> tuple[int, int, int]:
     host = timm_model(model)
     if host is not None:
         channels, *size = host.pretrained_cfg.get("input_size", (3, 224, 224))
-        patch = getattr(host, "patch_embed", None)
+        patch = getattr(backbone(host), "patch_embed", None)
         size = getattr(patch, "img_size", None) or size
         first = next((module for module in host.modules() if isinstance(module, nn.Conv2d)), None)
         return (channels if first is None else first.in_channels, *size)
@@ -88,6 +88,11 @@ def timm_model(model: nn.Module) -> nn.Module | None:
     """The model of timm that this is or wraps; None for others."""
     inner = getattr(model, "timm_model", model)
     return inner if hasattr(inner, "pretrained_cfg") else None
+
+
+def backbone(host: nn.Module) -> nn.Module:
+    """A model of timm without the wrapper that `features_only` puts around a vision transformer."""
+    return getattr(host, "model", host)
 
 
 @contextmanager
