@@ -17,7 +17,7 @@ from hf_ext.ofq_quantizer.kernels import SMALLEST_SCALE, Activation, code_range
 
 
 def statsq(weight: Tensor, bits: int, coefficient: float = 2.0) -> Tensor:
-    """StatsQ (section 3.1): (rows, columns) -> the same, one of 2^bits levels a row; the gradient is the identity."""
+    """StatsQ: (rows, columns) -> the same, one of 2^bits levels a row; the gradient is the identity."""
     return _StatsQ.apply(weight, bits, coefficient)
 
 
@@ -40,7 +40,7 @@ def odd_codes(weight: Tensor, bits: int, coefficient: float = 2.0) -> tuple[Tens
 
 
 def low_confidence(weight: Tensor, bits: int, boundary_range: float = 0.005, coefficient: float = 2.0) -> Tensor:
-    """Where a weight lies within `boundary_range` quantisation steps of a rounding threshold (section 3.3).
+    """Where a weight lies within `boundary_range` quantisation steps of a rounding threshold.
 
     bool (rows, columns); False in rows of zeros, and in rows with NaN or inf.
     """
