@@ -63,6 +63,18 @@ def test_a_weight_without_codes_is_named(layer, config, bad, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("layer", ["blocks.0.mlp.fc1", "head"])
+def test_a_scale_without_value_is_named(layer):
+    """Magnitudes whose sum is beyond float32, or a learnable scale that training lost."""
+    model, _ = quantized()
+    if layer == "head":
+        model.head.weight_scale_norm.data[5] = float("nan")
+    else:
+        model.get_submodule(layer).weight.data[5] = 3e38
+    with pytest.raises(ValueError, match=rf"^{layer}: row 5 "):
+        freeze(model)
+
+
 def test_deployment_asks_for_calibration(tmp_path):
     model = quantize(full("vit")[0], OFQConfig())
     for deploy in (to_int8, lambda raw: save_packed(raw, tmp_path / "packed")):
@@ -154,6 +166,32 @@ def test_full_precision_of_an_integer_model_rounds_weights_only():
             layer = model.get_submodule(name)
             layer.weight.data = weight.dequantize().view(layer.weight.shape)
         torch.testing.assert_close(logits(result, x), logits(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"a_bits": 4}, WIDE | ONE_SCALE, QKR | WIDE], ids=["w2a4", "one_scale", "qkr"])
+def test_logits_are_those_of_the_documented_order_of_operations(config):
+    """Most differences of one unit in the last place would be rounded away before they show in an output."""
+    model, x = quantized(sizes={"num_heads": 4, "embed_dim": 64}, **config)
+    attention = to_int8(model).blocks[0].attn
+    left, right = (
+        (attention.input_quantizer, attention.qkx_quantizer)
+        if attention.reparametrized
+        else (attention.q_quantizer, attention.k_quantizer)
+    )
+    width, generator = 64 if attention.reparametrized else 16, torch.Generator().manual_seed(2)
+    q, k = (
+        left.codes(torch.randn(3, 1 if attention.reparametrized else 4, 17, width, generator=generator)),
+        right.codes(torch.randn(3, 4, 17, width, generator=generator)),
+    )
+    bias = torch.randn(4, 1, 17, generator=generator)
+    s_q, s_k = (
+        quantizer.scale.view(-1, 4 if quantizer.per_head and quantizer.scale.numel() > 1 else 1).t()[..., None].detach()
+        for quantizer in (left, right)
+    )
+    shift = left.bias_out.view(-1, 1, width).detach()
+    c = (k.float() * shift).double().sum(-1).float()[:, :, None]
+    expected = ((q.long() @ k.long().transpose(2, 3)).float() * s_q + c) * (s_k * 0.3).transpose(1, 2) + bias
+    assert torch.equal(integer._logits(q, k, left, right, 0.3, bias), expected)
 
 
 @pytest.mark.parametrize("positive", [False, True], ids=["signed", "unsigned"])

@@ -119,7 +119,7 @@ def outcome(load, *arguments, **options):
     try:
         model = load(*arguments, **options)
     except Exception as error:
-        return type(error).__name__
+        return f"{{type(error).__name__}}: {{error}}"
     return {{name: tensor.double().sum().item() for name, tensor in model.state_dict().items()}}
 
 def attempts(folder):
@@ -147,7 +147,9 @@ def test_hosts_refuse_a_packed_folder_and_load_an_exported_one(tmp_path):
     code = STOCK.format(**where, arch="vit_tiny_patch16_224")
     found = answer(run_python(code, env={"HF_EXT_AUTOLOAD": "0"}))
     for kind, model in models.items():
-        assert all(isinstance(error, str) for error in found[packed[kind]].values()), found
+        errors = found[packed[kind]]
+        assert all(isinstance(error, str) for error in errors.values()), errors
+        assert all("ofq_packed" in errors[how] for how in ("timm", "auto", "vit")), errors
         loaded = found[plain[kind]]["timm" if kind == "vit" else "auto"]
         state = model.state_dict()
         assert loaded == {name: state[name].double().sum().item() for name in loaded}

@@ -94,6 +94,6 @@ def _require_finite(name: str, weight: Tensor) -> None:
     broken = ~weight.flatten(1).isfinite().all(1)
     if broken.any():
         raise ValueError(
-            f"{name}: row {int(broken.nonzero()[0])} of its weight has NaN or inf, as have {int(broken.sum())} of "
-            f"{len(weight)} rows, and thus no codes; go back to a checkpoint without"
+            f"{name}: row {int(broken.nonzero()[0])} of its weight, or the scale of that row, is NaN or inf, as in "
+            f"{int(broken.sum())} of {len(weight)} rows; these have no codes, so go back to a checkpoint without"
         )

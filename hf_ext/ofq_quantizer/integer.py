@@ -89,11 +89,9 @@ class Int8Quantizer(ActivationQuantizer):
         if self.axis == -2 and x.shape[-2] != self.factors.shape[1]:
             self.activation(x)  # raises
         out = torch.empty(x.shape, dtype=torch.int8)
-        codes = out.numpy()
-        if codes.size:
-            codes = codes[:, None] if codes.ndim == 3 else codes
-            quantize = kernels.quantize_by_channel if self.axis == -1 else kernels.quantize_by_row
-            quantize(*_flat(x), self.factors, self.shift_before(x.shape[-1]), *self.limits, codes)
+        codes = out.numpy() if x.dim() == 4 else out.numpy()[:, None]
+        quantize = kernels.quantize_by_channel if self.axis == -1 else kernels.quantize_by_row
+        quantize(*_flat(x), self.factors, self.shift_before(x.shape[-1]), *self.limits, codes)
         return out
 
 
