@@ -171,7 +171,7 @@ def test_full_precision_of_an_integer_model_rounds_weights_only():
 @pytest.mark.parametrize("config", [{"a_bits": 4}, WIDE | ONE_SCALE, QKR | WIDE], ids=["w2a4", "one_scale", "qkr"])
 def test_logits_are_those_of_the_documented_order_of_operations(config):
     """Most differences of one unit in the last place would be rounded away before they show in an output."""
-    model, x = quantized(sizes={"num_heads": 4, "embed_dim": 64}, **config)
+    model, _ = quantized(sizes={"num_heads": 4, "embed_dim": 64}, **config)
     attention = to_int8(model).blocks[0].attn
     left, right = (
         (attention.input_quantizer, attention.qkx_quantizer)
@@ -247,6 +247,11 @@ def test_integer_model_refuses_what_it_cannot_do():
         to_int8(model.to("meta"))
 
 
-def test_integer_model_runs_compiled():
+def test_compiling_an_integer_model_leaves_its_kernels_out():
+    """A compiler would take them for the arithmetic of arrays, and inductor fails on that."""
     model, x = quantized(sizes={"depth": 1})
-    assert distance(torch.compile(to_int8(model), backend="eager"), model, x) == 0
+    graphs = []
+    compiled = torch.compile(to_int8(model), backend=lambda module, _: graphs.append(str(module.graph)) or module)
+    assert distance(compiled, model, x) == 0
+    assert graphs
+    assert not [graph for graph in graphs if "_int_mm" in graph or "softmax" in graph]
