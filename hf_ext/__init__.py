@@ -14,9 +14,10 @@ TYPE_CHECKING = False  # importing typing would cost more than this whole packag
 if TYPE_CHECKING:
     from typing import Any
 
-    from hf_ext import anchor_attention, bone_adapter, ofq_quantizer
+    from hf_ext import anchor_attention, bone_adapter, importance_weights, ofq_quantizer
     from hf_ext.anchor_attention import AnchorCollator, AnchorPacking
     from hf_ext.bone_adapter import BoneConfig, BoneLinear, BoneModel
+    from hf_ext.importance_weights import ImportanceWeights
     from hf_ext.ofq_quantizer import OFQConfig
     from hf_ext.registry import RegistrationError, register, status, unregister
 
@@ -28,10 +29,12 @@ __all__ = [
     "BoneConfig",
     "BoneLinear",
     "BoneModel",
+    "ImportanceWeights",
     "OFQConfig",
     "RegistrationError",
     "anchor_attention",
     "bone_adapter",
+    "importance_weights",
     "ofq_quantizer",
     "register",
     "status",
@@ -44,13 +47,14 @@ _HOME = {
     "BoneConfig": "hf_ext.bone_adapter",
     "BoneLinear": "hf_ext.bone_adapter",
     "BoneModel": "hf_ext.bone_adapter",
+    "ImportanceWeights": "hf_ext.importance_weights",
     "OFQConfig": "hf_ext.ofq_quantizer",
     "RegistrationError": "hf_ext.registry",
     "register": "hf_ext.registry",
     "status": "hf_ext.registry",
     "unregister": "hf_ext.registry",
 }
-_PACKAGES = ("anchor_attention", "bone_adapter", "ofq_quantizer")
+_PACKAGES = ("anchor_attention", "bone_adapter", "importance_weights", "ofq_quantizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ from hf_ext.compat.quantizers import (
     add_quantizer,
     attention_owns_output,
     disk_names,
+    leave_card,
     remove_quantizer,
     renamings,
     use_disk_names,
@@ -55,6 +56,7 @@ from hf_ext.compat.timm import (
     remove_timm_models,
     save_timm_model,
     timm_base,
+    timm_classes,
     timm_model_args,
 )
 from hf_ext.compat.torch import (
@@ -79,7 +81,7 @@ from hf_ext.compat.transformers import (
 # older CPU builds. Outside, names are still added where the interfaces exist, and doctor says "untested".
 TESTED = {
     "torch": ">=2.6,<3",
-    "transformers": ">=4.56,<6",
+    "transformers": ">=4.56,!=5.24.*,<6",
     "peft": ">=0.17,<1",
     "timm": ">=1.0.15,<2",
     "evaluate": ">=0.4.3,<1",

@@ -1,0 +1,65 @@
+"""The processes of a job: integers added up, errors shared. One process is a job too."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """What `torchrun` or `accelerate launch` started, `rank` of `world`."""
+
+    def __init__(self, accelerator: Any = None) -> None:
+        self.together = dist.is_available() and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if self.together else (0, 1)
+        on_cuda = self.together and dist.get_backend() == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+        if accelerator is not None and accelerator.num_processes != self.world:
+            raise ValueError(
+                f"the accelerator counts {accelerator.num_processes} processes and torch.distributed {self.world}; "
+                "pass the Accelerator of this job"
+            )
+
+    def gather(self, thing: Any) -> list[Any]:
+        """The `thing` of every rank, in their order."""
+        if not self.together:
+            return [thing]
+        things: list[Any] = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def add(self, numbers: np.ndarray) -> np.ndarray:
+        """The sum over all ranks of int64 numbers."""
+        return self._reduce(numbers, dist.ReduceOp.SUM) if self.together else numbers
+
+    def largest(self, numbers: np.ndarray) -> np.ndarray:
+        """The maximum over all ranks."""
+        return self._reduce(numbers, dist.ReduceOp.MAX) if self.together else numbers
+
+    def _reduce(self, numbers: np.ndarray, operation: Any) -> np.ndarray:
+        tensor = torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)
+        dist.all_reduce(tensor, operation)
+        return tensor.cpu().numpy()
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """Do `work` on every rank; where it fails on one, all raise that error and none waits for it."""
+        result, failure = None, None
+        try:
+            result = work()
+        except Exception as error:
+            if not self.together:
+                raise
+            failure = error
+        texts = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
+        first = next((rank for rank, text in enumerate(texts) if text is not None), None)
+        if first is None:
+            return result
+        if first == self.rank:
+            raise failure
+        name, text = texts[first]
+        kind = {"ValueError": ValueError, "TypeError": TypeError, "FileNotFoundError": FileNotFoundError}
+        raise kind.get(name, RuntimeError)(text)
