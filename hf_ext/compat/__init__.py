@@ -14,6 +14,7 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from hf_ext.compat.datasets import stream_is_arrow
 from hf_ext.compat.names import Entry, RegistrationError, claim_all, release_all
 from hf_ext.compat.peft import (
     add_peft_method,

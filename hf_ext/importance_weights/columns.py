@@ -9,6 +9,8 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
+from hf_ext import compat
+
 KINDS = "a datasets.Dataset, a datasets.IterableDataset, a pyarrow.Table, a list of dicts or a dict of lists"
 NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_decimal)
 ROWS_AT_ONCE = 50_000
@@ -51,8 +53,7 @@ def require(columns: Sequence[str], present: Sequence[str]) -> None:
 
 def _streamed(dataset: Any, columns: Sequence[str], rank: int, world: int) -> Iterator[tuple[int, pa.Table]]:
     part = split_dataset_by_node(dataset, rank, world) if world > 1 else dataset
-    # Without features, Arrow's types would be guessed row by row, and an empty list has none.
-    part = part.with_format("arrow" if part.features is not None else None)
+    part = part.with_format("arrow" if compat.stream_is_arrow(part) else None)
     first = 0
     for piece in part.iter(batch_size=ROWS_AT_ONCE):
         table = _table(piece, columns, first)

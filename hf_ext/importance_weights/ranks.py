@@ -41,7 +41,7 @@ class Ranks:
         return self._reduce(numbers, dist.ReduceOp.MAX) if self.together else numbers
 
     def _reduce(self, numbers: np.ndarray, operation: Any) -> np.ndarray:
-        tensor = torch.from_numpy(np.ascontiguousarray(numbers)).to(self.device)
+        tensor = torch.tensor(numbers, device=self.device)  # a copy: the reduction writes into it
         dist.all_reduce(tensor, operation)
         return tensor.cpu().numpy()
 
