@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BENCHMARKS = ("anchor", "bone", "ofq", "startup")
+BENCHMARKS = ("anchor", "bone", "importance", "ofq", "startup")
 
 
 def _print_version(wanted: bool) -> None:

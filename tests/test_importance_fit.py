@@ -605,6 +605,23 @@ def test_a_sample_is_sized_for_its_epochs(tmp_path):
         fit(rows, 4, options={"resume_from_checkpoint": tmp_path}, **how | {"epochs": 11})
 
 
+def test_a_sample_is_of_rows_in_their_order(tmp_path):
+    """It is drawn by their numbers: in another order they are other data."""
+    rows, how = Dataset.from_dict(larger()), RESUMED["sampled"] | {"epochs": 4}
+    fit(rows, 4, options={"checkpoint_dir": tmp_path}, **how)
+    with pytest.raises(ValueError):
+        fit(rows.shuffle(seed=1), 4, options={"resume_from_checkpoint": tmp_path}, **how)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in RESUMED if mode != "sampled"])
+def test_the_order_of_rows_does_not_matter_to_other_checkpoints(tmp_path, mode):
+    """A fit of the same rows in any order is the same fit, to the last bit."""
+    rows, how = Dataset.from_dict(larger()), RESUMED[mode]
+    fit(rows, 4, options={"checkpoint_dir": tmp_path}, **how | {"epochs": 2})
+    resumed = fit(rows.shuffle(seed=1), 4, options={"resume_from_checkpoint": tmp_path}, **how | {"epochs": 5})
+    assert fingerprint(resumed) == fingerprint(fit(rows, 4, **how | {"epochs": 5}))
+
+
 def test_a_sampled_fit_is_indeed_sampled():
     fitted = fit(Dataset.from_dict(larger()), 4, **RESUMED["sampled"] | {"epochs": 2})
     assert 0 < fitted.history[0]["tuples"] < 300

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from hf_ext.anchor_attention import anchor_attention
 from hf_ext.bench import anchor_cuda
-from hf_ext.bench.harness import Row, compare
+from hf_ext.bench.harness import Row, compare, peak_memory
 
 HEADS, WIDTH, LENGTH = 4, 64, 8192
 CAUSAL, MASK, CUT = "causal SDPA", "SDPA, document mask", "SDPA per document"
@@ -170,12 +170,6 @@ def memory_of(method: str, length: int) -> float:
     }[method]()
     step(attention, *_inputs(length))
     return peak_memory() - before
-
-
-def peak_memory() -> float:
-    """Highest resident size of this process so far, in MiB (Linux; getrusage would count the parent's as well)."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def _memory(lengths: list[int]) -> Iterator[Row]:

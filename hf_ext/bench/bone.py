@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_ext import compat
 from hf_ext.bench import bone_cuda
-from hf_ext.bench.harness import Row, compare
+from hf_ext.bench.harness import Row, compare, peak_memory
 
 WIDTH = 2048
 # dtype of the base, r, tokens of a training step
@@ -175,18 +175,12 @@ def memory_of(method: str, case: str, shrink: int) -> float:
     dtype, r, tokens = CASES[case]
     small = torch.randn(4, 16, dtype=dtype, requires_grad=True)
     step(layer(method, 16, dtype, 4), small, torch.ones_like(small))  # what is loaded on first use is not the method's
-    before = _peak_memory()
+    before = peak_memory()
     module = layer(method, WIDTH // shrink, dtype, r)
     x = torch.randn(tokens // shrink, WIDTH // shrink, dtype=dtype, requires_grad=True)
     for _ in range(3):
         step(module, x, torch.ones_like(x))
-    return _peak_memory() - before
-
-
-def _peak_memory() -> float:
-    """Highest resident size of this process so far, in MiB."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+    return peak_memory() - before
 
 
 def _memory(shrink: int) -> Iterator[Row]:

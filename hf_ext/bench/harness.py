@@ -41,7 +41,7 @@ class Row:
 def paired(ours: Callable[[], object], peer: Callable[[], object], repeats: int) -> tuple[float, float, float]:
     """Medians of ours, of the peer and of peer / ours, in CPU seconds; run in turn after one warm-up each."""
     ours(), peer()
-    pairs = [(_cpu_seconds(ours), _cpu_seconds(peer)) for _ in range(repeats)]
+    pairs = [(cpu_seconds(ours), cpu_seconds(peer)) for _ in range(repeats)]
     return (
         statistics.median(a for a, _ in pairs),
         statistics.median(b for _, b in pairs),
@@ -167,7 +167,13 @@ def picture(out: Path, name: str, rows: list[Row], draw: Callable[[list[Row], An
     pyplot.close(figure)
 
 
-def _cpu_seconds(function: Callable[[], object]) -> float:
+def peak_memory(field: str = "VmHWM") -> float:
+    """Highest resident size of this process so far, in MiB (Linux; getrusage would count the parent's as well)."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
+
+
+def cpu_seconds(function: Callable[[], object]) -> float:
     start = time.process_time()
     function()
     return time.process_time() - start

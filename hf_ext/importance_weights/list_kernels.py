@@ -188,15 +188,17 @@ def sum_of_utilities(order, offsets, players, utilities, scale, sums, shared):
 
 
 @compiled
-def mix_slots(offsets, items, utilities):
-    """A 64-bit number of all slots, the same in any order of the lists: items and utilities of each in their order."""
+def mix_slots(offsets, items, utilities, first):
+    """A 64-bit number of the items and utilities of all lists, each in its order; of the order of the lists, too, where
+    `first`, the number of the first, is not negative.
+    """
     words, step = utilities.view(np.uint64), np.uint64(0x9E3779B97F4A7C15)
     total = np.uint64(0)
     for row in range(len(offsets) - 1):
-        begin = offsets[row]
         mixed = step
-        for slot in range(begin, offsets[row + 1]):
+        for slot in range(offsets[row], offsets[row + 1]):
             mixed = (mixed ^ (mixed >> np.uint64(29))) * step + np.uint64(items[slot])
             mixed = (mixed ^ (mixed >> np.uint64(31))) * step + words[slot]
-        total += (mixed ^ (mixed >> np.uint64(32))) * step
+        place = np.uint64(first + row) if first >= 0 else np.uint64(0)
+        total += (mixed ^ (mixed >> np.uint64(32))) * (step + place + place)
     return total

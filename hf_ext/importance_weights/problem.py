@@ -55,17 +55,20 @@ class Problem:
 
     @cached_property
     def digest(self) -> str:
-        """Of the rows, whatever their order, the keys and the groups."""
-        keys = b"".join(str(key).encode() + b"\0" for key in (self.lists.item_keys.type, self.keys.type))
-        buffers = b"".join(_hash_keys(array) for array in (self.lists.item_keys, self.keys))
+        """Of the rows, the keys and the groups; of the order of rows only where tuples are drawn by their number."""
+        rows = self.rows_digest if self.config.delta == 0 else self._mixed(self.first)
+        keys = b"".join(str(keys.type).encode() + _hash(keys) for keys in (self.lists.item_keys, self.keys))
         groups = b"" if self.lists.groups is None else self.lists.groups.tobytes()
-        return sha256(b"".join((self.rows_digest.encode(), keys, buffers, groups))).hexdigest()
+        return sha256(rows.encode() + keys + groups).hexdigest()
 
     @cached_property
     def rows_digest(self) -> str:
         """Of the rows of all ranks, whatever their order."""
+        return self._mixed(-1)
+
+    def _mixed(self, first: int) -> str:
         lists = self.lists
-        mixed = np.uint64(mix_slots(lists.offsets, lists.items, lists.utilities)).astype(np.int64)
+        mixed = np.uint64(mix_slots(lists.offsets, lists.items, lists.utilities, first)).astype(np.int64)
         return f"{self.tuples}-{self.slots}-{int(self.ranks.add(np.array([mixed]))[0]) % 2**64:016x}"
 
 
@@ -138,5 +141,5 @@ def _merge(lists: Lists, ranks: Ranks) -> None:
         raise two_groups(items[item].as_py(), keys[int(mine[item])].as_py(), keys[int(everywhere[item])].as_py())
 
 
-def _hash_keys(keys: pa.Array) -> bytes:
+def _hash(keys: pa.Array) -> bytes:
     return b"".join(sha256(buffer).digest() for buffer in compact(keys).buffers() if buffer is not None)

@@ -54,12 +54,17 @@ class Ranks:
             if not self.together:
                 raise
             failure = error
-        texts = self.gather(None if failure is None else (type(failure).__name__, str(failure)))
+        texts = self.gather(None if failure is None else (_kind(failure), str(failure)))
         first = next((rank for rank, text in enumerate(texts) if text is not None), None)
         if first is None:
             return result
         if first == self.rank:
             raise failure
-        name, text = texts[first]
-        kind = {"ValueError": ValueError, "TypeError": TypeError, "FileNotFoundError": FileNotFoundError}
-        raise kind.get(name, RuntimeError)(text)
+        kind, text = texts[first]
+        raise kind(text)
+
+
+def _kind(error: Exception) -> type[Exception]:
+    """What another rank raises: an exception of a library's own may not be made from its text."""
+    known = (TypeError, ValueError, FileNotFoundError, OSError)
+    return next((kind for kind in known if isinstance(error, kind)), RuntimeError)

@@ -59,7 +59,7 @@ class State:
 
 def rows_digest(lists: Lists) -> str:
     """Of one process's rows, whatever their order."""
-    return f"{len(lists)}-{len(lists.items)}-{mix_slots(lists.offsets, lists.items, lists.utilities):016x}"
+    return f"{len(lists)}-{len(lists.items)}-{mix_slots(lists.offsets, lists.items, lists.utilities, -1):016x}"
 
 
 def write(folder: Path, config: ImportanceConfig, state: State) -> None:

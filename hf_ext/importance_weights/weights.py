@@ -12,6 +12,7 @@ from datasets import IterableDataset
 from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
+from hf_ext import compat
 from hf_ext.importance_weights import corpus as corpora
 from hf_ext.importance_weights import saving, votes
 from hf_ext.importance_weights.checkpoint import Checkpoints
@@ -119,6 +120,7 @@ class ImportanceWeights:
             check_count("num_threads", num_threads)
         checkpoints = Checkpoints(self.config, checkpoint_dir, checkpoint_every, resume_from_checkpoint)
         problem = prepare(validation_dataset, self.config, accelerator, groups, presharded, num_threads)
+        compat.announce("importance_weights", k=self.config.k, method=self.config.method)
         result = solve(problem, checkpoints, progress)
         self._state = saving.State(
             keys=compact(problem.keys),
