@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from hf_ext.importance_weights.bounds import Sample
 from hf_ext.importance_weights.checkpoint import Checkpoints
-from hf_ext.importance_weights.functions import tail_for
 from hf_ext.importance_weights.problem import Problem
+from hf_ext.importance_weights.updates import update_of
 
 
 @dataclass
@@ -84,10 +83,7 @@ def _value(problem: Problem, engine: Callable[..., Any], weights: np.ndarray) ->
 
 def _learn(problem: Problem, checkpoints: Checkpoints, progress: bool) -> Fit:
     config = problem.config
-    update = _UPDATES[
-        "item" if problem.lists.groups is None and config.group_update != "exact" else config.group_update
-    ]
-    rule = update(problem)
+    rule = update_of(problem)
     rate = rule.learning_rate()
     if problem.spread == 0 and problem.ranks.rank == 0:
         warnings.warn("all utilities are zero: there is nothing to learn, and every weight stays 0.5", stacklevel=4)
@@ -106,111 +102,3 @@ def _epochs(done: int, epochs: int, progress: bool) -> Iterator[int]:
         for epoch in range(done, epochs):
             yield epoch
             bar.update()
-
-
-class _ItemUpdate:
-    """One step of every item by its own gradient; where nothing is grouped, items are the keys."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.config = problem.config
-        self.sums, self.counts = self.players()
-        self.scales = problem.scales(self.counts, self.largest_gradient())
-        self.most, holders = 1, np.zeros(1, np.int64)
-        if self.config.epsilon > 0:
-            most, mine = self.sums.repeats()
-            self.most, holders = int(problem.ranks.largest(np.array([most]))[0]), problem.ranks.add(mine)
-        self.sample = self.sampling(int(holders.max()))
-
-    def players(self) -> tuple[Any, np.ndarray]:
-        return self.problem.by_item, self.problem.item_counts
-
-    def largest_gradient(self) -> float:
-        return self.problem.spread / self.config.k
-
-    def engine(self, weights: np.ndarray, scales: tuple[float, float], **options: Any) -> Any:
-        return self.sums.gradients(weights, scales, **options)
-
-    def learning_rate(self) -> float:
-        """Auto: eta = 1/2 * N * C / S * K / R, in Python's floats."""
-        if self.config.learning_rate != "auto":
-            return float(self.config.learning_rate)
-        problem = self.problem
-        if problem.spread == 0:
-            return 0.0
-        return 0.5 * problem.tuples * len(self.counts) / problem.slots * self.config.k / problem.spread
-
-    def sampling(self, holders: int) -> Sample | None:
-        config, problem = self.config, self.problem
-        if config.delta == 0 or problem.spread == 0:
-            return None
-        bound = self.most * problem.spread / config.k
-        share = holders / problem.tuples
-        items = len(self.counts)
-        sample = Sample(problem.tuples, items, config.epochs, config.delta, config.epsilon / 2, bound, share)
-        return sample if sample.size < problem.tuples else None
-
-    def step(self, weights: np.ndarray, rate: float, epoch: int) -> tuple[np.ndarray, dict[str, Any]]:
-        problem, options = self.problem, {}
-        if self.config.epsilon > 0:
-            allowed = self.config.epsilon / (2 if self.config.delta > 0 else 1)
-            options["tail"] = tail_for(allowed / self.most, problem.spread, self.config.k)
-        if self.sample is not None:
-            drawn = self.sample.draw(self.config.seed, epoch) - problem.first
-            options["rows"] = drawn[(drawn >= 0) & (drawn < len(problem.lists))]
-        tuples = self.sample.size if self.sample is not None else problem.tuples
-        sums, value, cut = self.engine(self.spread_out(weights), self.scales, **options)
-        sums, value = problem.add(sums, value, self.scales)
-        gradient = sums / tuples
-        bound = 0.0
-        if options:
-            cut = float(problem.ranks.largest(np.array([cut]))[0])
-            bound = self.most * self.largest_gradient() * cut
-            bound += self.sample.error if self.sample is not None else 0.0
-        record = {
-            "epoch": epoch + 1,
-            "value": value / tuples,
-            "gradient_max": float(np.abs(gradient).max(initial=0.0)),
-            "tuples": tuples,
-            "bound": bound,
-        }
-        return self.moved(weights, rate * gradient), record
-
-    def spread_out(self, weights: np.ndarray) -> np.ndarray:
-        """Weights of the players of a list from those of the keys."""
-        return weights
-
-    def moved(self, weights: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        return np.clip(weights + steps, 0.0, 1.0)
-
-
-class _MeanUpdate(_ItemUpdate):
-    """Items step on their own, then a group weighs as much as its retrieved items on average (the paper's code)."""
-
-    def spread_out(self, weights: np.ndarray) -> np.ndarray:
-        return weights[self.problem.lists.groups]
-
-    def moved(self, weights: np.ndarray, steps: np.ndarray) -> np.ndarray:
-        groups, count = self.problem.lists.groups, len(weights)
-        items = super().moved(self.spread_out(weights), steps)
-        return np.bincount(groups, items, count) / np.bincount(groups, minlength=count)
-
-
-class _SumUpdate(_ItemUpdate):
-    """A group steps by the sum of its items' gradients."""
-
-    def players(self) -> tuple[Any, np.ndarray]:
-        return self.problem.by_key, self.problem.counts
-
-
-class _ExactUpdate(_SumUpdate):
-    """A group is in or out as a whole, and steps by the gradient of that game."""
-
-    def largest_gradient(self) -> float:
-        return self.problem.spread
-
-    def engine(self, weights: np.ndarray, scales: tuple[float, float], **options: Any) -> Any:
-        return self.sums.group_gradients(weights, scales, **options)
-
-
-_UPDATES = {"item": _ItemUpdate, "mean": _MeanUpdate, "sum": _SumUpdate, "exact": _ExactUpdate}
