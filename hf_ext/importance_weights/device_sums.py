@@ -1,5 +1,6 @@
 """Sums over all lists on a CUDA device, by the recursion on tensors; the rest by the kernels of the CPU."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,19 @@ class DeviceSums(Sums):
             value += int(torch.round(values.double() * scales[1]).long().sum())
             largest = max(largest, float(cut))
         return sums.cpu().numpy(), value, largest
+
+    def group_gradients(self, weights: np.ndarray, scales: tuple[float, float], shapley: bool = False) -> Total:
+        self._tell("of groups as a whole")
+        return super().group_gradients(weights, scales, shapley)
+
+    def shapley_values(self, scale: float) -> np.ndarray:
+        self._tell("of Shapley values")
+        return super().shapley_values(scale)
+
+    def _tell(self, what: str) -> None:
+        warnings.warn(
+            f"sums {what} are computed on the CPU; {self.device} computes gradients of items only", stacklevel=2
+        )
 
     def _batches(self, order: np.ndarray) -> Any:
         """Lists of like length, as many as fit: f of every item is kept."""
