@@ -79,9 +79,9 @@ def copy_rows(target, target_start, source, source_start, count):
 
 
 @compiled
-def run_chunk(f, p, first, columns, k):
-    """f of the items of the chunk that begins with item `first`, from f at its start in row 0."""
-    for i in range(CHUNK):
+def run_chunk(f, p, first, count, columns):
+    """f of `count` items of the chunk that begins with item `first`, from f at its start in row 0."""
+    for i in range(count):
         forward(f, i * columns, (i + 1) * columns, load(p, first + i), min(first + i + 1, columns), columns)
 
 
@@ -144,7 +144,7 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
     chunks = 0
     while chunks * CHUNK < longest:
         start = chunks * CHUNK
-        for i in range(start, start + CHUNK):
+        for i in range(start, min(start + CHUNK, longest)):
             store(p, i, zero_row(p))
             store(u, i, zero_row(u))
         for lane in range(here):
@@ -153,9 +153,10 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
             if depths[lane] < 0 and begin < stop:
                 fill(p, u, start, lane, items[begin:stop], utilities[begin:stop], weights)
         copy_rows(starts, chunks * columns, f, 0, columns)
-        run_chunk(f, p, start, columns, k)
+        count = min(CHUNK, longest - start)
+        run_chunk(f, p, start, count, columns)
         chunks += 1
-        end = CHUNK * columns
+        end = count * columns
         drop_negligible(f, end, columns, tiny)
         if tail > 0:
             open_lanes = 0
@@ -169,7 +170,7 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
                     else:
                         open_lanes += 1
             if open_lanes == 0:
-                longest = 0
+                longest = start + count
         copy_rows(f, 0, f, end, columns)
 
     for j in range(k + 1):
@@ -177,8 +178,9 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
     for chunk in range(chunks - 1, -1, -1):
         start = chunk * CHUNK
         copy_rows(f, 0, starts, chunk * columns, columns)
-        run_chunk(f, p, start, columns, k)
-        for i in range(CHUNK - 1, -1, -1):
+        count = min(CHUNK, longest - start)
+        run_chunk(f, p, start, count, columns)
+        for i in range(count - 1, -1, -1):
             at = start + i
             store(g, at, backward(V, f, i * columns, load(p, at), load(u, at), min(at + 1, k)))
     for lane in range(here):
