@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments, default_data_collator
 
+from hf_ext.ofq_quantizer.calibration import calibrate
 from hf_ext.ofq_quantizer.config import OFQConfig
-from hf_ext.ofq_quantizer.convert import calibrate, quantize
+from hf_ext.ofq_quantizer.convert import quantize
 from hf_ext.ofq_quantizer.ops import low_confidence
 
 CLASSES = 5

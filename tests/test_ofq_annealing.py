@@ -1,6 +1,7 @@
 """Annealing against a loop that masks and restores by hand, and inside the loops and optimizers of others."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from ofq_training import Classifier, images, labels, low_bit, near_threshold, quantized_vit, small_vit, trainer
 from timm.optim import Lion, Lookahead
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW
@@ -133,6 +135,42 @@ def test_detach_undoes_everything():
     assert annealing.frozen_share > 0.5
 
 
+@pytest.mark.parametrize(
+    "clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_copy_of_an_annealed_model_is_not_annealed(clone: Callable[[nn.Module], nn.Module]):
+    """As of a teacher or an average that is made late; it trains as a copy from before, and can be annealed itself."""
+    model = quantized_vit(qk_reparam=True)
+    early = copy.deepcopy(model)
+    optimizer = SGD(model.parameters(), lr=1e-4)
+    ConfidenceAnnealing(model, BAND).attach(optimizer)
+    late = clone(model)
+    for one in (early, late):
+        step(one, SGD(one.parameters(), lr=1e-4))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(early.parameters(), late.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(early.parameters(), late.parameters(), strict=True))
+    step(model, optimizer)
+    assert model.blocks[0].attn.switches.boundary_range == BAND, "the original goes on"
+    assert not torch.equal(model.blocks[0].attn.qkv.weight, early.blocks[0].attn.qkv.weight)
+    ConfidenceAnnealing(late, BAND).attach(SGD(late.parameters(), lr=1e-4))
+
+
+def test_average_that_begins_during_annealing_outlives_it():
+    model = quantized_vit(qk_reparam=True)
+    optimizer = SGD(model.parameters(), lr=1e-4)
+    annealing = ConfidenceAnnealing(model, BAND).attach(optimizer)
+    average = ModelEmaV3(model, decay=0.5)
+    step(model, optimizer)
+    average.update(model, step=1)
+    annealing.detach()
+    ours = average.module.train().requires_grad_()
+    optimizer = OPTIMIZERS["adamw"](ours.parameters())
+    ConfidenceAnnealing(ours, BAND).attach(optimizer).detach()
+    before = copied(ours)
+    step(ours, optimizer)
+    assert all(moved(ours, before)[name].all() for name in low_bit(ours))
+
+
 # --- QKR
 
 
@@ -154,7 +192,7 @@ def attention_of(host: str, compatible: bool) -> tuple[nn.Module, QuantAttention
 
 def learning_factors(attention: QuantAttention) -> Tensor:
     """(3 * 24, 24), rows of W_q, W_k, W_v: columns of a head that A = W_q^T W_k reads for an entry near a threshold."""
-    q, k = (w.detach().unflatten(0, (3, -1)) for w in (attention.query_weight, attention.key_weight))
+    q, k = (attention.factor(role)[0].detach().unflatten(0, (3, -1)) for role in (0, 1))
     band = near_threshold(torch.einsum("hdi,hdj->hij", q, k).flatten(0, 1), 0.005).unflatten(0, (3, -1))
     columns = [band.any(2).repeat_interleave(8, 0), band.any(1).repeat_interleave(8, 0)]
     return torch.cat([*columns, near_threshold(attention.value_weight, 0.005)])

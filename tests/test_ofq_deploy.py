@@ -10,7 +10,8 @@ from ofq_models import codes_of, images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ext.ofq_quantizer import OFQConfig, freeze, full_precision, integer, quantize, save_packed, to_int8
+from hf_ext.ofq_quantizer import OFQConfig, calibrate, freeze, full_precision, integer, quantize, save_packed, to_int8
+from hf_ext.ofq_quantizer.freezing import frozen_copy
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
 # --- freeze
@@ -201,7 +202,6 @@ def test_codes_of_ties_and_extremes_are_those_of_torch(axis, positive):
     quantizer = ActivationQuantizer(3, axis=axis, size=size, positive=positive, switches=None, like=torch.zeros(0))
     quantizer.scale.data = 2.0 ** torch.arange(size)
     quantizer.__class__ = integer.Int8Quantizer
-    quantizer.prepare()
     ratios = torch.tensor([-1e30, -4.5, -1.5, -0.5, -0.0, 0.5, 1.5, 2.5, 1e30])
     x = (ratios * (quantizer.scale[:, None] if axis == -2 else quantizer.scale)).expand(2, 3, 5, 9)
     low, high = (0, 7) if positive else (-4, 3)
@@ -245,6 +245,62 @@ def test_integer_model_refuses_what_it_cannot_do():
         to_int8(result)
     with pytest.raises(ValueError, match=r"CPU.* is on meta"):
         to_int8(model.to("meta"))
+
+
+def other_scales(**config):
+    """Of the same weights, calibrated on other images, with other shifts and biases."""
+    model, x = quantized(**config)
+    calibrate(model, [3 * x])
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "bias_in", "bias_out")):
+            parameter.data += 0.2
+    return model, x
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["", "after a forward"])
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+@pytest.mark.parametrize("config", [{}, QKR, WIDE | ONE_SCALE], ids=["plain", "qkr", "w4a8_one_scale"])
+def test_integer_model_follows_what_is_loaded(config, assign, ran):
+    (source, x), target = other_scales(**config), to_int8(quantized(**config)[0])
+    if ran:
+        assert distance(target, source, x) > 0.1
+    target.load_state_dict(to_int8(source).state_dict(), assign=assign)
+    assert distance(target, source, x) == 0
+
+
+@pytest.mark.parametrize("first", ["quantisers", "biases"])
+def test_integer_model_follows_the_load_of_parts(first):
+    """Shifts of the input lie in the sums of a layer's biases; in transformers one quantiser serves three layers."""
+    (source, x), target = other_scales(kind="hf_vit"), to_int8(quantized("hf_vit")[0])
+    loaded = to_int8(source)
+    biases = {name: tensor for name, tensor in loaded.state_dict().items() if name.endswith(".bias")}
+    logits(target, x)
+    for part in (first, "biases" if first == "quantisers" else "quantisers"):
+        if part == "biases":
+            target.load_state_dict(biases, strict=False)
+            continue
+        for name, module in target.named_modules():
+            if isinstance(module, ActivationQuantizer):
+                module.load_state_dict(loaded.get_submodule(name).state_dict())
+    assert distance(target, source, x) == 0
+
+
+def test_integer_model_follows_a_cast():
+    model, x = quantized()
+    before = frozen_copy(model).to(torch.bfloat16)  # latent weights of bfloat16 have other codes
+    assert distance(to_int8(model).to(torch.bfloat16), to_int8(before), x.bfloat16()) == 0
+
+
+def test_integer_model_is_not_calibrated_anew():
+    model, x = quantized()
+    with pytest.raises(ValueError, match="made by to_int8"):
+        calibrate(to_int8(model), [x])
+
+
+def test_integer_model_is_not_exported():
+    model, x = quantized(sizes={"depth": 1})
+    with pytest.raises(ValueError, match="cannot be exported; export the model it was made from"):
+        torch.export.export(to_int8(model), (x,))
 
 
 def test_compiling_an_integer_model_leaves_its_kernels_out():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import ofq_hosts
 import pytest
 import torch
 from ofq_models import build, images, initial_scale
@@ -77,6 +78,27 @@ def test_processes_stay_bit_identical(both, family, qkr, lazy):
         assert own[1] > 1.5 * own[0]
 
 
+def trained_host(rank: int, options: dict[str, bool]) -> dict[str, Tensor]:
+    model = quantize(ofq_hosts.stock("vit", num_hidden_layers=1), OFQConfig(qk_reparam=True, **options)).train()
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x = (1 + rank) * ofq_hosts.images(model, 4)
+    for _ in range(2):
+        F.cross_entropy(parallel(x).logits, torch.arange(4) % 3).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("options", [{}, {"reference_compat": True}], ids=["qkr", "reference_compat"])
+def test_model_of_transformers_takes_a_second_step_under_qkr(both, options):
+    """The wrapper refuses one while a parameter waits for its gradient, as a bias that no logit depends on would."""
+    one, other = both(trained_host, options)
+    assert_same(one, other)
+    before = ofq_hosts.stock("vit", num_hidden_layers=1).state_dict()
+    assert not [name for name in before if name.endswith("weight") and torch.equal(one[name], before[name])]
+
+
 def gradients(rank: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Only the first process loads the checkpoint; wrapping sends it to the other one."""
     model = converted()
@@ -107,3 +129,45 @@ def alone(rank: int) -> bool:
 
 def test_evaluation_before_calibration_waits_for_nobody(both):
     assert all(both(alone))
+
+
+def after_a_broken_batch(rank: int) -> tuple[dict[str, Tensor], dict[str, Tensor], bool]:
+    """NaN in one process only; weights of the ends drawn anew before."""
+    model = converted()
+    for layer in (model.head, model.patch_embed.proj):
+        nn.init.normal_(layer.weight, std=0.5 + rank)  # wrapping sends those of the first process
+    parallel = DistributedDataParallel(model).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    broken = batch(rank)
+    if rank == 1:
+        broken[0, 0, 0, 0] = torch.nan
+    parallel(broken)
+    nothing = all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if "norm" not in name)
+    nothing = nothing and not any(a.initialized for a in activation_quantizers(model).values())
+    parallel(batch(rank))
+    return scales(model), model.state_dict(), nothing
+
+
+def test_a_broken_batch_of_one_process_is_kept_by_none(both):
+    (one, state, nothing), (other, other_state, nothing_either) = both(after_a_broken_batch)
+    assert nothing and nothing_either
+    assert_same(one, other)
+    assert_same(state, other_state)
+    assert all(value for name, value in state.items() if name.endswith("initialized"))
+    rows = state["head.weight"].double().abs().mean(1)
+    torch.testing.assert_close(state["head.weight_scale_norm"].double(), 2 * rows / 127**0.5, rtol=1e-5, atol=0)
+
+
+def refused(rank: int) -> tuple[str, bool]:
+    model, broken = converted(), batch(rank)
+    if rank == 1:
+        broken[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or inf") as caught:
+        calibrate(model, [broken])
+    return str(caught.value), any(a.initialized for a in activation_quantizers(model).values())
+
+
+def test_a_calibration_that_one_process_spoils_is_refused_in_all(both):
+    one, other = both(refused)
+    assert one == other
+    assert "patch_embed.proj:input" in one[0] and not one[1]

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from ofq_models import FAMILIES, VIT, build, codes_of, images, linears, lsq_of, statsq_of
+from ofq_models import FAMILIES, VIT, build, codes_of, images, linears, statsq_of
+from ofq_oracle import assert_gradients, attention, boundary, linear, position_bias
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -205,93 +205,7 @@ def test_first_and_last_layer_have_eight_bits(family):
             layer.weight.neg_()
 
 
-# --- the equations, in float64
-
-
-def quantized(model: nn.Module, role: str, x: Tensor, bits: int, positive: bool = False, view: Any = None) -> Tensor:
-    """`view` brings a vector into the form that broadcasts against x."""
-    a = activation_quantizers(model)[role]
-    shifts = [0 if b is None else b.double() for b in (a.bias_in, a.bias_out)]
-    scale = a.scale[:, None] if len(a.scale) > 1 and view is None else a.scale
-    return lsq_of(x.double() + shifts[0], scale, bits, positive) + shifts[1]
-
-
-def split(x: Tensor, heads: int) -> Tensor:
-    """(..., N, h*d) -> (..., h, N, d)."""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-
-def attention(model: nn.Module, name: str, x: Tensor, bias: Any, w_bits: int, a_bits: int) -> Tensor:
-    """Section 2.3 and 2.4 of one block: (B, N, C) -> (B, N, C)."""
-    module = model.get_submodule(name)
-    qkv, heads, tokens = module.qkv, module.num_heads, x.shape[1]
-    roles = activation_quantizers(model)
-    weights = qkv.weight.double().chunk(3)
-    biases = (qkv.bias.double() if qkv.bias is not None else torch.zeros(len(qkv.weight)).double()).chunk(3)
-    d = len(weights[0]) // heads
-    if qkr := f"{name}:qkx" in roles:
-        x = quantized(model, f"{name}:input", x, a_bits)
-        w_q, w_k = (part.view(heads, d, -1) for part in weights[:2])
-        product = torch.einsum("hdi,hdj->hij", w_q, w_k)
-        rounded = statsq_of(product.flatten(0, 1), w_bits)
-        keys = roles[f"{name}:qkx"]
-        t = x @ rounded.T + keys.bias_in.double()
-        t = t.view(len(x), tokens * heads, -1)
-        t = lsq_of(t, keys.scale[:, None], a_bits).view(len(x), tokens, heads, -1)
-        u = torch.einsum("hdj,hd->hj", w_k, biases[0].view(heads, d))
-        scores = torch.einsum("bni,bmhi->bhnm", x, t) + torch.einsum("bmj,hj->bhm", x, u)[:, :, None]
-        assert keys.bias_out is None
-    else:
-        x = quantized(model, f"{name}.qkv:input", x, a_bits)
-        q, k = (x @ statsq_of(w, w_bits).T + b for w, b in zip(weights[:2], biases[:2], strict=True))
-        q, k = (split(quantized(model, f"{name}:{role}", y, a_bits), heads) for role, y in (("q", q), ("k", k)))
-        assert roles[f"{name}:k"].bias_out is None
-        scores = q @ k.mT
-    v = x @ statsq_of(weights[2], w_bits).T + biases[2]
-    v = split(quantized(model, f"{name}:v", v, a_bits, view="channel"), heads)
-    probs = (scores * d**-0.5 + bias).softmax(-1)
-    probs = quantized(model, f"{name}:probs", probs, a_bits, positive=True)
-    out = (probs @ v).transpose(1, 2).flatten(2)
-    assert qkr == (f"{name}.qkv:input" not in roles)
-    return linear(model, f"{name}.proj", out, w_bits, a_bits)
-
-
-def linear(model: nn.Module, name: str, x: Tensor, w_bits: int, a_bits: int) -> Tensor:
-    layer = model.get_submodule(name)
-    x = quantized(model, f"{name}:input", x, a_bits, positive=name.endswith("fc2"))
-    bias = 0 if layer.bias is None else layer.bias.double()
-    return x @ statsq_of(layer.weight, w_bits).T + bias
-
-
-def boundary(model: nn.Module, name: str, x: Tensor) -> Tensor:
-    layer = model.get_submodule(name)
-    a = activation_quantizers(model)[f"{name}:input"]
-    image = (-1, 1, 1) if x.ndim == 4 else (-1,)
-    x = lsq_of(x + a.bias_in.double().view(image), a.scale, 8) + a.bias_out.double().view(image)
-    scale = layer.weight_scale_norm.double().view(-1, *[1] * (layer.weight.ndim - 1))
-    weight = lsq_of(layer.weight, scale, 8)
-    bias = layer.bias.double()
-    return F.conv2d(x, weight, bias, stride=layer.stride) if x.ndim == 4 else F.linear(x, weight, bias)
-
-
-def position_bias(module: nn.Module, mask: Any = None) -> Any:
-    """(B or 1, h, N, N) of Swin, whose windows of an image follow each other; 0 of ViT."""
-    if not hasattr(module, "relative_position_bias_table"):
-        return 0
-    size = module.window_size[0] * module.window_size[1]
-    table = module.relative_position_bias_table[module.relative_position_index.view(-1)]
-    bias = table.view(size, size, -1).permute(2, 0, 1)[None].double()
-    return bias if mask is None else bias + mask.repeat(2, 1, 1)[:, None].double()
-
-
-def assert_gradients(module: nn.Module, x: Tensor, found: Tensor, expected: Tensor, g: Tensor) -> None:
-    parts = {"x": x} | dict(module.named_parameters())
-    ours = torch.autograd.grad(found, list(parts.values()), g, allow_unused=True)
-    theirs = torch.autograd.grad(expected, list(parts.values()), g.double(), allow_unused=True)
-    for name, one, other in zip(parts, ours, theirs, strict=True):
-        assert (one is None) == (other is None), name
-        if one is not None:  # a shift of all keys cancels in the softmax, but for those that are clipped
-            assert (one - other).abs().max() <= 1e-4 * other.abs().max().clamp(min=0.1), name
+# --- the equations
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (4, 3)], ids=["w2a2", "w4a3"])
@@ -441,38 +355,6 @@ def test_gradients_of_a_part_are_those_of_the_whole(qkr):
             assert (value.grad is None) == (not name.endswith(part)), name
             assert value.grad is None or torch.equal(value.grad, whole[name]), name
         assert again.grad is None or torch.equal(again.grad, x.grad)
-
-
-# --- compiled and exported
-
-
-@pytest.mark.parametrize("qkr", [False, True], ids=["plain", "qkr"])
-def test_compiled_steps_equal_eager_ones(qkr):
-    """The first one initialises, the second one finds scales."""
-    eager = quantize(build("vit", depth=1), OFQConfig(qk_reparam=qkr)).train()
-    compiled = copy.deepcopy(eager)
-    torch._dynamo.reset()
-    step = torch.compile(compiled, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        x = images(eager, 4, seed)
-        torch.testing.assert_close(step(x), eager(x), rtol=1e-4, atol=1e-5)
-        step(x).square().sum().backward()
-        eager(x).square().sum().backward()
-    assert all(a.initialized and a.ready for a in activation_quantizers(compiled).values())
-    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-6, msg=name)
-        if one.grad is not None:
-            assert (other.grad - one.grad).abs().max() <= 1e-3 * one.grad.abs().max() + 1e-6, name
-
-
-@pytest.mark.parametrize("family", ["vit", "swin"])
-def test_export_with_a_dynamic_batch(family):
-    model = calibrated(build(family))
-    batch = torch.export.Dim("batch", min=2, max=16)
-    program = torch.export.export(model, (images(model, 3),), dynamic_shapes=({0: batch},))
-    for count in (2, 5):
-        x = images(model, count, seed=3)
-        torch.testing.assert_close(program.module()(x), logits(model, x), rtol=1e-4, atol=1e-4)
 
 
 # --- what is left out, and what is refused

@@ -1,13 +1,16 @@
 """The report: every layer of the full-precision model has a row, and every number of it is that of an oracle."""
 
+import json
 import math
 
 import pytest
 import timm
 import torch
+from ofq_deployed import quantized
+from safetensors.torch import load_file
 from torch import nn
 
-from hf_ext.ofq_quantizer import OFQConfig, calibrate, quantize, report
+from hf_ext.ofq_quantizer import OFQConfig, calibrate, load_packed, quantize, report, save_packed
 
 SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 
@@ -61,8 +64,6 @@ def test_codes_clipping_and_bytes_are_those_counted_by_hand():
 
 
 def test_it_prints_as_a_table_and_turns_into_json():
-    import json
-
     summary = report(converted(skip_modules=["head"])[0])
     assert "blocks.1.attn.proj" in str(summary)
     assert "skipped: matches skip_modules" in str(summary)
@@ -72,3 +73,44 @@ def test_it_prints_as_a_table_and_turns_into_json():
 def test_a_model_that_is_not_quantised_is_refused():
     with pytest.raises(ValueError, match="not quantised"):
         report(timm.create_model("vit_tiny_patch16_224", **SIZE))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("reparam", [False, True], ids=["plain", "qkr"])
+def test_rows_without_codes_are_shown(reparam, bad):
+    model, _ = converted(qk_reparam=reparam)
+    before = {row.name: row for row in report(model).layers}
+    model.blocks[0].mlp.fc1.weight.data[3, 5] = bad
+    model.head.weight.data[4, 1] = bad
+    model.patch_embed.proj.weight_scale_norm.data[7:9] = bad
+    model.blocks[1].attn.qkv.weight.data[97, 2] = bad  # of the values
+    summary = report(model)
+    rows = {row.name: row for row in summary.layers}
+    product = "queries and keys as blocks.1.attn.qk; " if reparam else ""
+    broken = {
+        "patch_embed.proj": "NaN or inf in 2 of 48 rows",
+        "blocks.0.mlp.fc1": "NaN or inf in 1 of 192 rows",
+        "blocks.1.attn.qkv": product + f"NaN or inf in 1 of {48 if reparam else 144} rows",
+        "head": "NaN or inf in 1 of 10 rows",
+    }
+    for name, reason in broken.items():
+        row = rows.pop(name)
+        assert (row.status, row.codes_used, row.clipped_share) == ("quantized", None, None), name
+        assert row.reason.removesuffix(" of the values") == reason
+        assert (row.packed_bytes, row.fp32_bytes) == (before[name].packed_bytes, before[name].fp32_bytes)
+    assert rows == {name: row for name, row in before.items() if name not in broken}
+    assert "NaN or inf in 1" in str(summary)
+    json.loads(json.dumps(summary.as_dict(), allow_nan=False))
+
+
+KINDS = [("vit", {}), ("vit", {"qk_reparam": True}), ("beit", {"qk_reparam": True}), ("hf_vit", {"qk_reparam": True})]
+KINDS += [("vit", {"qk_reparam": True, "reference_compat": True}), ("swin", {"boundary_bits": None})]
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS, ids=[f"{kind}-{'-'.join(options)}" for kind, options in KINDS])
+def test_total_bytes_are_those_of_the_packed_tensors(kind, options, tmp_path):
+    model, _ = quantized(kind, **options)
+    save_packed(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors").values()
+    assert report(model).total_bytes == sum(tensor.nbytes for tensor in stored)
+    assert report(load_packed(tmp_path)).total_bytes == report(model).total_bytes

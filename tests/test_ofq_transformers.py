@@ -3,7 +3,6 @@
 Oracles: the host's own model of the same weights, and StatsQ's codes in float64.
 """
 
-import copy
 import json
 import sys
 from functools import partial
@@ -11,22 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from ofq_hosts import MODELS, images, stock
 from ofq_models import codes_of
-from processes import run_python
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
-    DeiTConfig,
     DeiTForImageClassificationWithTeacher,
-    SwinConfig,
-    SwinForImageClassification,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
     Trainer,
     TrainingArguments,
-    ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
@@ -36,33 +28,8 @@ from hf_ext.compat import RegistrationError
 from hf_ext.ofq_quantizer import OFQConfig, calibrate, full_precision, quantize
 
 OFQ = {"quant_method": "ofq"}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "num_labels": 3}
-IMAGE = {"image_size": 16, "patch_size": 8}
-WINDOWS = {"image_size": 32, "patch_size": 4, "window_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 2]}
-TIMM = {
-    "architecture": "vit_tiny_patch16_224",
-    "num_classes": 3,
-    "pretrained_cfg": {"input_size": [3, 32, 32], "num_classes": 3},
-    "model_args": {"img_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 3},
-}
-MODELS = {
-    "vit": lambda: ViTForImageClassification(ViTConfig(**SIZES, **IMAGE)),
-    "deit": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, **IMAGE)),
-    "swin": lambda: SwinForImageClassification(SwinConfig(**WINDOWS, num_labels=3)),
-    "timm": lambda: TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(copy.deepcopy(TIMM))),
-}
 smoke_vit = [pytest.param("vit", marks=pytest.mark.smoke), *[kind for kind in MODELS if kind != "vit"]]
 HEADS = ("classifier", "cls_classifier", "distillation_classifier", "timm_model.head")
-
-
-def stock(kind):
-    """No parameter at its initial value, on a grid that is coarse enough for sums of magnitudes to be exact."""
-    torch.manual_seed(0)
-    model = MODELS[kind]().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter)).mul_(2**10).round_().div_(2**10)
-    return model
 
 
 @pytest.fixture
@@ -81,11 +48,6 @@ def load(folder, **options):
     classes = (DeiTForImageClassificationWithTeacher, ViTForImageClassification)
     cls = next((cls for cls in classes if cls.__name__ == kind), AutoModelForImageClassification)
     return cls.from_pretrained(folder, **options)
-
-
-def images(model, count=12):
-    size = getattr(model.config, "image_size", 32)
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
 def calibrated(folder, **options):
@@ -257,39 +219,6 @@ def test_backbone_of_a_saved_model_keeps_its_quantisers(folder, tmp_path):
     assert type(backbone.pooler.dense) is nn.Linear  # a pooling head, and not in the file
     del backbone.pooler
     assert_same_state(backbone, model.vit)
-
-
-LOADS = """
-import sys, torch
-
-if {alone} and not torch.version.cuda:  # torchvision is built for CUDA, and transformers imports it
-    for name in ("nms", "qnms"):
-        torch.library.define(f"torchvision::{{name}}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-from transformers import AutoModelForImageClassification
-
-for folder in {folders!r}:
-    model = AutoModelForImageClassification.from_pretrained(folder)
-    print(type(model.vit.embeddings.patch_embeddings.projection).__name__)
-"""
-
-
-@pytest.mark.smoke
-def test_process_without_hf_ext_refuses_a_saved_model(folder, tmp_path):
-    calibrated(folder("vit")).save_pretrained(tmp_path / "saved")
-    folders = [str(tmp_path / name) for name in ("vit", "saved")]
-    alone = run_python(LOADS.format(alone=True, folders=folders), env={"HF_EXT_AUTOLOAD": "0"})
-    assert alone.stdout.split() == ["Conv2d"], alone.stderr
-    assert "(1, 3, 32)" in alone.stderr.replace("[", "(").replace("]", ")")
-    assert run_python(LOADS.format(alone=False, folders=folders)).stdout.split() == ["Conv2d", "QuantConv2d"]
-
-
-def test_saved_file_says_what_its_extra_axis_is(folder, tmp_path):
-    calibrated(folder("vit")).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
-        assert "extra leading axis" in file.metadata()["ofq"]
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert shapes["classifier.weight"] == (1, 3, 32)
-    assert shapes["vit.layernorm.weight"] == (32,)
 
 
 # --- what is computed

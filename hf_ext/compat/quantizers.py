@@ -1,10 +1,11 @@
 """transformers: its tables of quantisers, the hooks of one while a model is loaded or saved, and names of modules."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from functools import wraps
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from re import search
 from typing import Any
 
@@ -132,6 +133,28 @@ def _host_conversions(model: Any) -> list[Any]:
 def _with(conversions: list[Any], more: list[Any]) -> list[Any]:
     have = [conversion.target_patterns for conversion in conversions]
     return [*conversions, *(conversion for conversion in more if conversion.target_patterns not in have)]
+
+
+def leave_card(model: Any, card: Callable[[Any], str]) -> None:
+    """Have `model.save_pretrained` write `card(model)` to README.md where there is none.
+
+    Quantisers are not told the folder, and the host writes a card only on the way to the hub, from its own template.
+    """
+    model.save_pretrained = partial(_save_with_card, model, card)  # copies of the model, pickled ones too, get theirs
+
+
+def _save_with_card(
+    model: Any,
+    card: Callable[[Any], str],
+    save_directory: Any,
+    is_main_process: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
+    path = Path(save_directory, "README.md")
+    if is_main_process and path.parent.is_dir() and not path.exists():
+        path.write_text(card(model), encoding="utf-8")
 
 
 def _to_own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

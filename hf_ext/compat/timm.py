@@ -1,5 +1,6 @@
 """timm: its table of models, and how it builds and loads them."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def load_timm_weights(model: Any, in_chans: int = 3, cache_dir: Any = None, **kw
     """Load the weights that `model.pretrained_cfg` names, with timm's adaptation to other classes and channels."""
     from timm.models._builder import load_pretrained
 
-    load_pretrained(model, model.pretrained_cfg, model.num_classes, in_chans, cache_dir=cache_dir)
+    load_pretrained(model, model.pretrained_cfg, model.num_classes, in_chans, _other_channels, cache_dir=cache_dir)
 
 
 def timm_base(cfg: dict[str, Any]) -> str:
@@ -80,6 +81,41 @@ def save_timm_model(model: Any, directory: Any, model_args: dict[str, Any] | Non
     from timm.models._hub import save_for_hf
 
     save_for_hf(model, directory, model_args=model_args or timm_model_args(model), safe_serialization=True)
+
+
+def timm_classes(module: str, name: str) -> tuple[type, ...]:
+    """The class timm.models.MODULE.NAME; none where this timm has no such module (NaFlexViT came after 1.0.15)."""
+    import timm.models
+
+    home = getattr(timm.models, module, None)
+    return () if home is None else (getattr(home, name),)
+
+
+def _other_channels(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
+    """The weights of images of other channels without what timm does not adapt: all but weight and bias of the first
+    convolution.
+
+    timm sums or repeats the weight. Its scales are left out, to be taken from the result; the modules inside keep
+    their new values, since shifts of three channels have no equivalent on a sum of these.
+    """
+    names = model.pretrained_cfg.get("first_conv") or ()
+    for name in (names,) if isinstance(names, str) else names:
+        saved, own = state_dict[f"{name}.weight"].shape, model.get_submodule(name).weight.shape
+        if saved == own:
+            continue
+        warnings.warn(
+            f"{name} has {own[1]} channels, and {saved[1]} in the file: timm adapts its weight, and the quantiser of "
+            "its input starts anew. Calibrate the model, or train it.",
+            stacklevel=2,
+        )
+        state_dict = {
+            key: x
+            for key, x in state_dict.items()
+            if not key.startswith(f"{name}.") or key in (f"{name}.weight", f"{name}.bias")
+        }
+        inside = model.get_submodule(name).state_dict(prefix=f"{name}.")
+        state_dict |= {key: x for key, x in inside.items() if key.count(".") > name.count(".") + 1}
+    return state_dict
 
 
 def _first_channels(model: Any) -> int:

@@ -34,6 +34,8 @@ class Sample:
     @property
     def size(self) -> int:
         B, e, N = self.bound, self.error, self.tuples
+        if B / e > 1e100:  # all of them, and beyond floats to say how many more
+            return N
         L = math.log(2 * self.items * self.epochs / self.delta)
         Q = 2 * B**2 * L / e**2
         hoeffding = Q * (N + 1) / (N + Q)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 
@@ -92,7 +93,9 @@ def _column(name: str, values: Any, first: int) -> pa.Array:
     rows = [row.tolist() if hasattr(row, "tolist") else row for row in values]
     try:
         return pa.array(rows, from_pandas=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+    except OverflowError as error:
+        raise ValueError(f"column {name!r} holds an integer beyond int64: {error}") from None
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         for number, row in enumerate(rows):
             try:
                 pa.array([*rows[:1], row])
@@ -124,15 +127,14 @@ class ListColumn:
         kind = array.type
         if pa.types.is_null(kind) and not len(array):
             array = pa.array([], pa.list_(pa.null()))
-        elif not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-            if not (pa.types.is_fixed_size_list(kind) or "list_view" in str(kind)) and not pa.types.is_null(kind):
-                raise ValueError(f"column {name!r} holds {kind}, and a list a row is expected")
-            array = array if pa.types.is_null(kind) else array.cast(pa.large_list(kind.value_type))
+        elif not (is_list(kind) or pa.types.is_null(kind)):
+            raise ValueError(f"column {name!r} holds {kind}, and a list a row is expected")
         if array.null_count:
             row = first + int(np.argmin(array.is_valid().to_numpy(zero_copy_only=False)))
             raise ValueError(f"row {row}: column {name!r} is null, and a list is expected (an empty one is fine)")
-        offsets = array.offsets.to_numpy().astype(np.int64)
-        result = cls(name, first, offsets - offsets[0], array.flatten())
+        lengths = pc.list_value_length(array).to_numpy()
+        offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        result = cls(name, first, offsets, array.flatten())
         if result.values.null_count:
             valid = result.values.is_valid().to_numpy(zero_copy_only=False)
             raise ValueError(f"row {result.row_of(int(np.argmin(valid)))}: column {name!r} holds a null")
@@ -187,6 +189,11 @@ class ListColumn:
             ValueError: neither integers nor strings.
         """
         return identifiers(self.name, self.values)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    plain = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return plain or "list_view" in str(kind)
 
 
 def identifiers(name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array:

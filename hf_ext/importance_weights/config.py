@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from itertools import combinations
 from numbers import Integral, Real
 from typing import Any
 
@@ -64,15 +65,10 @@ class ImportanceConfig:
     def __post_init__(self) -> None:
         for name in ("k", "epochs"):
             check_count(name, getattr(self, name))
-        if not isinstance(self.seed, Integral) or isinstance(self.seed, bool) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} is no integer of at least 0")
+        check_seed(self.seed)
         for name, allowed in (("method", METHODS), ("group_update", GROUP_UPDATES), ("dtype", DTYPES)):
             check_word(name, getattr(self, name), allowed)
-        for name in ("id_column", "retrieved_column", "utility_column", "answer_column", "output_column"):
-            if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} is no name of a column")
-        if self.group_column is not None and (not isinstance(self.group_column, str) or not self.group_column):
-            raise ValueError(f"group_column={self.group_column!r} is neither a name of a column nor None")
+        self._check_columns()
         self._check_numbers()
         if self.delta > 0 and self.epsilon == 0:
             raise ValueError(
@@ -91,6 +87,19 @@ class ImportanceConfig:
         for name in ("learning_rate", "unseen", "epsilon", "delta", "prior_strength"):
             if not isinstance(getattr(self, name), str):
                 object.__setattr__(self, name, float(getattr(self, name)))
+
+    def _check_columns(self) -> None:
+        names = ("id_column", "retrieved_column", "utility_column", "answer_column", "output_column")
+        for name in names:
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is no name of a column")
+        if self.group_column is not None and (not isinstance(self.group_column, str) or not self.group_column):
+            raise ValueError(f"group_column={self.group_column!r} is neither a name of a column nor None")
+        corpus = ("id_column", "group_column", "output_column")
+        lists = ("retrieved_column", "utility_column", "answer_column", "group_column")
+        for one, other in (*combinations(corpus, 2), *combinations(lists, 2)):
+            if getattr(self, one) == getattr(self, other):
+                raise ValueError(f"{one} and {other} are both {getattr(self, one)!r}; they are different columns")
 
     def _check_numbers(self) -> None:
         if isinstance(self.learning_rate, str):
@@ -134,6 +143,11 @@ class ImportanceConfig:
 def check_count(name: str, value: Any) -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}={value!r} is no integer of at least 1")
+
+
+def check_seed(seed: Any) -> None:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed={seed!r} is no integer from 0 to 2^63 - 1")
 
 
 def check_word(name: str, value: Any, allowed: Sequence[str], others: str = "") -> None:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset, Value
 
 from hf_ext.importance_weights.columns import require
-from hf_ext.importance_weights.config import check_count
+from hf_ext.importance_weights.config import check_count, check_seed
 from hf_ext.importance_weights.lookup import Lookup, as_ids
 
 
@@ -96,6 +97,7 @@ def _keep(batch: Any, lookup: Lookup, threshold: float) -> list[bool]:
 
 def sample(corpus: Any, lookup: Lookup, seed: int) -> Any:
     """See `ImportanceWeights.sample`."""
+    check_seed(seed)
     lookup.check_range("sample keeps keys with their weight as probability", 0.0, 1.0)
     if not isinstance(lookup.unseen, str) and not 0 <= lookup.unseen <= 1:
         raise ValueError(f"unseen={lookup.unseen!r} is no probability; sample needs one in [0, 1]")
@@ -107,15 +109,20 @@ def sample(corpus: Any, lookup: Lookup, seed: int) -> Any:
         kept[unseen] = lookup.unseen == "keep"
     elif len(unseen):
         ids = as_ids(lookup.column, corpus.select(unseen).with_format("arrow")[:][lookup.column])
-        _, own = np.unique(np.array([repr(value) for value in ids.to_pylist()]), return_inverse=True)
-        kept[unseen] = (generator.random(own.max() + 1) < lookup.unseen)[own]
+        kept[unseen] = [_uniform(seed, key) < lookup.unseen for key in ids.to_pylist()]
     return corpus.select(np.flatnonzero(kept))
+
+
+def _uniform(seed: int, key: Any) -> float:
+    """A number in [0, 1) of the key alone, whatever else the corpus holds."""
+    return int.from_bytes(sha256(f"{seed} {key!r}".encode()).digest()[:6]) / 2**48
 
 
 def sampler(
     dataset: Any, lookup: Lookup, num_samples: int | None, replacement: bool, seed: int
 ) -> torch.utils.data.WeightedRandomSampler:
     """See `ImportanceWeights.sampler`."""
+    check_seed(seed)
     lookup.check_range("a sampler draws rows in proportion to their weights", 0.0, math.inf)
     if isinstance(dataset, Dataset) and len(dataset) > 1 << 24:
         raise ValueError(
@@ -132,4 +139,4 @@ def sampler(
     if not replacement and usable < count:
         raise ValueError(f"num_samples={count} without replacement, and {usable} rows have a weight above 0")
     generator = torch.Generator().manual_seed(seed)
-    return torch.utils.data.WeightedRandomSampler(weights.tolist(), count, replacement, generator)
+    return torch.utils.data.WeightedRandomSampler(weights.tolist(), int(count), replacement, generator)

@@ -59,7 +59,7 @@ class DeviceSums(Sums):
         at = 0
         while at < len(order):
             longest = int(self.offsets[order[-1] + 1] - self.offsets[order[-1]])
-            row = max(longest, 1) * (self.k + 1) * self.dtype.itemsize
+            row = max(longest, 1) * (min(self.k, longest) + 1) * self.dtype.itemsize
             count = max(1, BYTES_AT_ONCE // row)
             yield order[at : at + count]
             at += count

@@ -46,7 +46,7 @@ def _smoothed_means(problem: Problem) -> Fit:
     # From the sums of all keys in their order, as they are the same everywhere.
     mean, prior = float(sums.sum() / problem.slots), problem.config.prior_strength
     weights = (sums + prior * mean) / (problem.counts + prior)
-    return Fit(weights, _value_of_all(problem), neutral=mean)
+    return Fit(weights * problem.factor, _value_of_all(problem), neutral=mean * problem.factor)
 
 
 def _values_of_the_game(problem: Problem) -> Fit:
@@ -64,7 +64,7 @@ def _values_of_the_game(problem: Problem) -> Fit:
         engine = problem.by_key.group_gradients if grouped else problem.by_item.gradients
         sums, value, _ = engine(weights, scales)
     weights, _ = problem.add(sums, value, scales)
-    return Fit(weights / problem.tuples, _value_of_all(problem), neutral=0.0)
+    return Fit(weights / problem.tuples * problem.factor, _value_of_all(problem), neutral=0.0)
 
 
 def _value_of_all(problem: Problem) -> float:
@@ -75,7 +75,7 @@ def _value_of_all(problem: Problem) -> float:
 def _value(problem: Problem, engine: Callable[..., Any], weights: np.ndarray) -> float:
     scales = problem.scales(problem.counts, problem.spread)
     sums, value, _ = engine(weights, scales)
-    return problem.add(np.zeros_like(sums), value, scales)[1] / problem.tuples
+    return problem.add(np.zeros_like(sums), value, scales)[1] / problem.tuples * problem.factor
 
 
 # --- probabilities, by gradient steps
@@ -93,7 +93,7 @@ def _learn(problem: Problem, checkpoints: Checkpoints, progress: bool) -> Fit:
         history.append(record)
         checkpoints.save(problem, weights, history)
     value = _value(problem, rule.engine, rule.spread_out(weights))
-    return Fit(weights, value, neutral=0.5, history=history, learning_rate=rate)
+    return Fit(weights, value, neutral=0.5, history=history, learning_rate=rate / problem.factor)
 
 
 def _epochs(done: int, epochs: int, progress: bool) -> Iterator[int]:

@@ -66,13 +66,14 @@ def _of_arrays(u: np.ndarray, p: np.ndarray, k: int, epsilon: float, dtype: np.d
     count, length = lists.shape
     gradient, values = np.zeros(u.size, dtype), np.zeros(count, dtype)
     arrays = np.arange(count + 1) * length, np.arange(u.size, dtype=np.int32), u.ravel(), p.ravel()
-    room = np.zeros(lanes(dtype), np.int64), scratch(length, k, dtype)
+    read = max(1, min(k, length))
+    room = np.zeros(lanes(dtype), np.int64), scratch(length, read, dtype)
     # A list is cut by the range of its own utilities.
     together = [np.arange(count)] if epsilon == 0 else np.arange(count)[:, None]
     for rows in together:
         tail = tail_for(epsilon, utility_range(lists[rows[0]]), k) if epsilon else 0.0
-        gradients(rows, *arrays, k, tail, NEGLIGIBLE[dtype], gradient, values, *room)
-    return values, gradient.reshape(u.shape)
+        gradients(rows, *arrays, read, tail, NEGLIGIBLE[dtype], gradient, values, *room)
+    return values / dtype.type(k), gradient.reshape(u.shape) / dtype.type(k)
 
 
 def _of_tensors(u: Tensor, p: Tensor, k: int, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -147,8 +148,9 @@ def _of_groups(u: np.ndarray, groups: np.ndarray, p: np.ndarray, k: int) -> tupl
     if len(groups) and (groups.dtype.kind not in "iu" or groups.min() < 0 or groups.max() >= len(p)):
         raise ValueError(f"groups must be integers from 0 to {len(p) - 1}, indices into probabilities, not {groups}")
     gradient = np.zeros(len(p))
-    space = np.zeros(len(p), np.int64), np.zeros((len(p) + 1, k)), np.zeros(k)
-    value = group_list(groups.astype(np.int64), u, p, k, 1.0, gradient, *space)
+    read = max(1, min(k, len(u)))
+    space = np.zeros(len(p), np.int64), np.zeros((len(p) + 1, read)), np.zeros(read)
+    value = group_list(groups.astype(np.int64), u, p, read, 1.0, gradient, *space)
     return value / k, gradient / k
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import config, njit
 
 from hf_ext.importance_weights.lanes import above, add_atomically, load, rows, store, zero_row
 
@@ -23,6 +23,8 @@ NEGLIGIBLE = {np.dtype(np.float64): 1e-200, np.dtype(np.float32): 1e-20}
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Without the interpreter's lock; kept on disk where there is a place that can be written to."""
+    if config.DISABLE_JIT:
+        raise ImportError("importance weights are computed by kernels that numba compiles: unset NUMBA_DISABLE_JIT")
     options = {"nogil": True, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
@@ -31,7 +33,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def scratch(length: int, k: int, dtype: Any) -> tuple[np.ndarray, ...]:
-    """Room for a block of lists of at most `length` items: p, u, g, f within a chunk, f at its start, V."""
+    """Room for a block of lists of at most `length` items: p, u, g, f within a chunk, f at its start, V.
+
+    k: at most `length`, for more are never read.
+    """
     items = -(-max(length, 1) // CHUNK) * CHUNK
     counts = (items, items, items, (CHUNK + 1) * (k + 1), items // CHUNK * (k + 1), k + 1)
     return tuple(rows(count, dtype) for count in counts)
@@ -192,14 +197,14 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
 
 @compiled
 def sum_of_gradients(order, offsets, items, utilities, weights, k, tail, tiny, scales, sums, shared, depths, space):
-    """Adds the gradients of these lists to `sums (items,)`, as integers of unit 2^-s.
+    """Adds the gradients of these lists to `sums (items,)`, as integers.
 
-    scales: 2^s for gradients and for values. shared: other threads add to the same sums. Returns the sum of the values
-    as an integer, and the largest P(X <= K) at a cut.
+    scales: what a gradient and a value, both times k, are multiplied by before they are rounded. shared: other threads
+    add to the same sums. Returns the sum of the values as an integer, and the largest P(X <= K) at a cut.
     """
     g, V = space[2], space[5]
     value, largest = np.int64(0), 0.0
-    gradient_scale, value_scale = scales[0] / k, scales[1] / k
+    gradient_scale, value_scale = scales[0], scales[1]
     for first in range(0, len(order), g.shape[1]):
         cut = block(order, first, offsets, items, utilities, weights, k, tail, tiny, depths, space)
         largest = max(largest, cut)
@@ -212,12 +217,12 @@ def sum_of_gradients(order, offsets, items, utilities, weights, k, tail, tiny, s
 
 @compiled
 def gradients(order, offsets, items, utilities, weights, k, tail, tiny, gradient, values, depths, space):
-    """The gradient of every slot of these lists into `gradient`, the value of each list into `values`."""
+    """The gradient of every slot into `gradient`, the value of each list into `values`, both times k."""
     g, V = space[2], space[5]
     for first in range(0, len(order), g.shape[1]):
         block(order, first, offsets, items, utilities, weights, k, tail, tiny, depths, space)
         for lane in range(min(g.shape[1], len(order) - first)):
             row = order[first + lane]
             for i in range(depths[lane]):
-                gradient[offsets[row] + i] = g[i, lane] / k
-            values[row] = V[0, lane] / k
+                gradient[offsets[row] + i] = g[i, lane]
+            values[row] = V[0, lane]

@@ -116,11 +116,13 @@ def repeats(offsets, players, times, holders):
 def sum_of_group_gradients(order, offsets, players, utilities, weights, k, nodes, starts, scales, sums, shared, space):
     """Adds the groups' gradients of these lists to `sums (groups,)`; returns the sum of the values, as an integer.
 
+    scales: what a gradient and a value, both times k, are multiplied by before they are rounded.
+
     nodes (Q, 2): rows of (probability, factor), for the mean over p of the gradients at (p, .., p), as Shapley values
     of groups are: ceil(G / 2) of them from starts[G] on for a list of G groups. None: the gradients at `weights`.
     """
     local, seen, chances, gradient, members, products, adjoint = space
-    gradient_scale, value_scale = scales[0] / k, scales[1] / k
+    gradient_scale, value_scale = scales[0], scales[1]
     total = np.int64(0)
     for at in range(len(order)):
         begin, end = offsets[order[at]], offsets[order[at] + 1]

@@ -65,14 +65,14 @@ class Lookup:
 
     def rescore(self, scores: Any, ids: Any, higher_is_better: bool) -> np.ndarray:
         """See `ImportanceWeights.rescore`."""
-        scores = np.asarray(scores, np.float64)
-        ids = np.asarray(ids.detach().cpu() if isinstance(ids, Tensor) else ids)
+        scores = _array(scores.float() if isinstance(scores, Tensor) else scores).astype(np.float64)
+        ids = _array(ids)
         if scores.shape != ids.shape:
             raise ValueError(f"scores of shape {scores.shape} and ids of shape {ids.shape} must have one shape")
-        padding = ids == -1 if ids.dtype.kind in "iu" else np.zeros(ids.shape, bool)
-        if pa.types.is_integer(self.keys.type) and self.places([-1])[0] >= 0:
-            padding = np.zeros(ids.shape, bool)
+        padding = self.padding(ids)
         wrong = ~(scores >= 0) & ~padding
+        if np.isnan(scores[wrong]).any():
+            raise ValueError("a score is NaN")
         if wrong.any():
             raise ValueError(
                 f"a score of {scores[wrong][0]}: a weight would raise a negative score instead of lowering it; pass "
@@ -81,10 +81,20 @@ class Lookup:
         self.check_range("rescore needs weights of at least 0", 0.0, math.inf)
         flat = ids.reshape(-1)
         weights = self.values(self.places(flat.tolist() if flat.dtype == object else flat)).reshape(scores.shape)
-        if higher_is_better:
-            return np.where(padding, -np.inf, scores * weights)
         with np.errstate(divide="ignore", invalid="ignore"):
+            if higher_is_better:
+                return np.where(padding, -np.inf, np.where(weights == 0, 0.0, scores * weights))
             return np.where(padding | (weights == 0), np.inf, scores / weights)
+
+    def padding(self, ids: np.ndarray) -> np.ndarray:
+        """Where a retriever had nothing more and wrote -1, unless that is an id."""
+        if ids.dtype.kind not in "iu" or (pa.types.is_integer(self.keys.type) and self.places([-1])[0] >= 0):
+            return np.zeros(ids.shape, bool)
+        return ids == -1
+
+
+def _array(values: Any) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def as_ids(name: str, values: Any) -> pa.Array:

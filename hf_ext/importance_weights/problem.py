@@ -1,6 +1,8 @@
 """A validation set that is ready to be fitted: this rank's lists, and the figures of all ranks."""
 
 import math
+import warnings
+from collections.abc import Sized
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -24,8 +26,8 @@ class Problem:
     """What a fit needs to know.
 
     keys, counts: what is weighed, sorted, and how many slots each has. tuples, slots: of all ranks. spread: R, the
-    range of the utilities with 0. first: global number of this rank's row 0. Item sums are over items of a list, key
-    sums over keys; they are one where nothing is grouped.
+    range of the utilities with 0; all sums are of utilities divided by `factor`, and so is it. first: global number of
+    this rank's row 0. Item sums are over items of a list, key sums over keys; they are one where nothing is grouped.
     """
 
     config: ImportanceConfig
@@ -35,6 +37,7 @@ class Problem:
     slots: int
     first: int
     spread: float
+    factor: float
     counts: np.ndarray
     item_counts: np.ndarray
     by_item: Any
@@ -75,6 +78,7 @@ class Problem:
 def prepare(
     dataset: Any,
     config: ImportanceConfig,
+    ranks: Ranks,
     accelerator: Any = None,
     groups: Any = None,
     presharded: bool = False,
@@ -85,7 +89,8 @@ def prepare(
     Raises:
         TypeError, ValueError: the same on every rank, when a row of any rank is not as it has to be.
     """
-    ranks = Ranks(accelerator)
+    if not presharded and isinstance(dataset, Sized):
+        ranks.same("numbers of rows (presharded=True takes rows of each process's own)", len(dataset))
     rank, world = (0, 1) if presharded else (ranks.rank, ranks.world)
     lists = ranks.agree(lambda: read_lists(dataset, config, groups, rank, world))
     ranks.agree(lambda: _merge(lists, ranks))
@@ -96,7 +101,7 @@ def prepare(
     if not slots:
         raise ValueError(f"nothing is retrieved: every list of {config.retrieved_column!r} is empty")
     extremes = ranks.largest(np.array([lists.utilities.max(initial=0.0), -lists.utilities.min(initial=0.0)]))
-    spread = utility_range(np.array([extremes[0], -extremes[1]]))
+    spread, utilities, factor = _in_reach(utility_range(np.array([extremes[0], -extremes[1]])), lists.utilities)
     if not math.isfinite(spread) or not math.isfinite(spread * slots):
         raise ValueError(f"utilities from {-extremes[1]} to {extremes[0]}: their sums are beyond float64; scale them")
     item_counts = ranks.add(np.bincount(lists.items, minlength=len(lists.item_keys)))
@@ -107,10 +112,8 @@ def prepare(
         if accelerator is not None and accelerator.device.type == "cuda":
             from hf_ext.importance_weights.device_sums import DeviceSums
 
-            return DeviceSums(
-                lists.offsets, players, lists.utilities, count, config.k, dtype, threads, accelerator.device
-            )
-        return Sums(lists.offsets, players, lists.utilities, count, config.k, dtype, threads)
+            return DeviceSums(lists.offsets, players, utilities, count, config.k, dtype, threads, accelerator.device)
+        return Sums(lists.offsets, players, utilities, count, config.k, dtype, threads)
 
     by_item = sums(lists.items, len(lists.item_keys))
     by_key = by_item if lists.groups is None else sums(lists.players(), len(lists.keys))
@@ -118,7 +121,27 @@ def prepare(
     if lists.groups is not None:
         counts = np.bincount(lists.groups, item_counts, minlength=len(lists.keys)).astype(np.int64)
     first = sum(count for count, _ in rows[: ranks.rank])
-    return Problem(config, ranks, lists, tuples, slots, first, spread, counts, item_counts, by_item, by_key)
+    if _is_padded(lists.item_keys) and ranks.rank == 0:
+        warnings.warn(
+            "-1 is one of the retrieved ids and is weighed as an item; some retrievers pad with it: leave it out then",
+            stacklevel=3,
+        )
+    return Problem(config, ranks, lists, tuples, slots, first, spread, factor, counts, item_counts, by_item, by_key)
+
+
+def _in_reach(spread: float, utilities: np.ndarray) -> tuple[float, np.ndarray, float]:
+    """Range and utilities divided by a factor, a power of two, and it: 1 unless float32 would not reach so far."""
+    exponent = math.frexp(spread)[1]
+    if abs(exponent) <= 60 or not math.isfinite(spread):
+        return spread, utilities, 1.0
+    # In two steps, neither of which leaves the range of float64.
+    half = exponent // 2
+    scaled = np.ldexp(np.ldexp(utilities, -half), half - exponent)
+    return math.ldexp(math.ldexp(spread, -half), half - exponent), scaled, math.ldexp(1.0, exponent)
+
+
+def _is_padded(keys: pa.Array) -> bool:
+    return pa.types.is_integer(keys.type) and bool(np.isin(-1, keys.to_numpy()))
 
 
 def _merge(lists: Lists, ranks: Ranks) -> None:

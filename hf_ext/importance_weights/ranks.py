@@ -45,6 +45,23 @@ class Ranks:
         dist.all_reduce(tensor, operation)
         return tensor.cpu().numpy()
 
+    def same(self, what: str, thing: Any) -> None:
+        """
+        Raises:
+            ValueError: on every rank, where `thing` is not the same on all.
+        """
+        things = self.gather(thing)
+        other = next((rank for rank, one in enumerate(things) if one != things[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{what} differ between processes: {things[0]!r} on rank 0, {things[other]!r} on rank {other}"
+            )
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """What rank 0 makes of `work`, on every rank; where it fails, all raise that error."""
+        result = self.agree(lambda: work() if self.rank == 0 else None)
+        return self.gather(result)[0]
+
     def agree(self, work: Callable[[], Result]) -> Result:
         """Do `work` on every rank; where it fails on one, all raise that error and none waits for it."""
         result, failure = None, None

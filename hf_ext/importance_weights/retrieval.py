@@ -89,10 +89,22 @@ def _exact(documents: np.ndarray, wanted: np.ndarray, k: int) -> np.ndarray:
             part = torch.from_numpy(documents[at : at + block])
             scores = torch.cat([scores, query @ part.T], 1)
             best = torch.cat([best, torch.arange(at, at + len(part)).expand(len(query), -1)], 1)
-            order = torch.sort(scores, dim=1, descending=True, stable=True).indices[:, :k]
+            order = _largest(scores, min(k, scores.shape[1]))
             scores, best = scores.gather(1, order), best.gather(1, order)
         rows[first : first + QUERIES_AT_ONCE] = best.numpy()
     return rows
+
+
+def _largest(scores: torch.Tensor, k: int) -> torch.Tensor:
+    """(queries, k) columns of the largest scores, ties by column: topk alone breaks them as it likes."""
+    if k == 0:
+        return torch.empty(len(scores), 0, dtype=torch.long)
+    least = scores.topk(k, 1).values[:, -1:]
+    order = torch.empty(len(scores), k, dtype=torch.long)
+    for row, enough in enumerate(scores >= least):
+        columns = enough.nonzero()[:, 0]
+        order[row] = columns[scores[row, columns].sort(descending=True, stable=True).indices[:k]]
+    return order
 
 
 def _by_faiss(documents: np.ndarray, wanted: np.ndarray, k: int) -> np.ndarray:

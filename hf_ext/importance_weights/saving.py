@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ class State:
     def copy(self) -> "State":
         return replace(self, history=[dict(row) for row in self.history], tuning=[dict(row) for row in self.tuning])
 
+    def digest(self) -> str:
+        """Of keys, weights and counts."""
+        return sha256(repr(self.essence()[:4]).encode()).hexdigest()
+
     def essence(self) -> tuple[Any, ...]:
         """Plain bytes and numbers: equal weights are equal here, however they came about."""
         buffers = tuple(None if buffer is None else buffer.to_pybytes() for buffer in compact(self.keys).buffers()[1:])
@@ -71,7 +76,7 @@ def write(folder: Path, config: ImportanceConfig, state: State) -> None:
             writer.write_table(table)
     (folder / HISTORY).write_text(json.dumps(state.history, indent=1) + "\n", encoding="utf-8")
     facts = {name: getattr(state, name) for name in ("neutral", "value", "threshold", "tuning", "rows")}
-    facts |= {"learning_rate_": state.learning_rate}
+    facts |= {"learning_rate_": state.learning_rate, "sha256": state.digest()}
     text = json.dumps({"format_version": FORMAT, **config.to_dict(), **facts}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -90,7 +95,7 @@ def read(folder: Path) -> tuple[ImportanceConfig, State]:
         )
     try:
         facts = {name: options.pop(name) for name in ("neutral", "value", "threshold", "tuning", "rows")}
-        learning_rate = options.pop("learning_rate_")
+        learning_rate, digest = options.pop("learning_rate_"), options.pop("sha256")
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG} lacks {error}") from None
     config = ImportanceConfig.from_dict(options)
@@ -107,13 +112,24 @@ def read(folder: Path) -> tuple[ImportanceConfig, State]:
     count = len(state.keys)
     if shapes != (np.float64, np.int64, (count,), (count,)):
         raise ValueError(f"{folder} is damaged: {count} keys, and weights and counts of {shapes}")
+    if state.digest() != digest:
+        raise ValueError(
+            f"{folder} is damaged: {WEIGHTS} and {KEYS} are not those that {CONFIG} was written with; was writing it "
+            "interrupted?"
+        )
+    if not all(isinstance(facts[name], int | float) for name in ("neutral", "value")) or not isinstance(
+        facts["threshold"], int | float | None
+    ):
+        raise ValueError(f"{folder / CONFIG} is damaged: neutral, value and threshold are numbers")
     return config, state
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
     try:
         return reader(path)
-    except (SafetensorError, pa.ArrowInvalid, KeyError, ValueError) as error:
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}") from None
 
 

@@ -47,6 +47,11 @@ class Sums:
         uneven = bool((lengths != self.longest).any())
         self.by_length = np.argsort(lengths, kind="stable") if uneven else np.arange(len(lengths))
 
+    @property
+    def _read(self) -> int:
+        """How many items of a list are read at most."""
+        return max(1, min(self.k, self.longest))
+
     def gradients(
         self, weights: np.ndarray, scales: tuple[float, float], tail: float = 0.0, rows: np.ndarray | None = None
     ) -> Total:
@@ -63,17 +68,17 @@ class Sums:
                 self.players,
                 self.utilities,
                 weights,
-                self.k,
+                self._read,
                 tail,
                 NEGLIGIBLE[self.dtype],
-                np.array(scales),
+                np.array(scales) / self.k,
                 sums,
                 shared,
                 *room,
             )
 
         def room() -> tuple[Any, ...]:
-            return np.zeros(lanes(self.dtype), np.int64), scratch(self.longest, self.k, self.dtype)
+            return np.zeros(lanes(self.dtype), np.int64), scratch(self.longest, self._read, self.dtype)
 
         return self._run(kernel, room, rows)
 
@@ -92,10 +97,10 @@ class Sums:
                     self.players,
                     self.utilities,
                     weights,
-                    self.k,
+                    self._read,
                     nodes,
                     starts,
-                    np.array(scales),
+                    np.array(scales) / self.k,
                     sums,
                     shared,
                     room,
@@ -109,7 +114,7 @@ class Sums:
             numbers = [np.zeros(most) for _ in range(2)]
             local, seen, members = integers
             chances, gradient = numbers
-            return local, seen, chances, gradient, members, np.zeros((most + 1, self.k)), np.zeros(self.k)
+            return local, seen, chances, gradient, members, np.zeros((most + 1, self._read)), np.zeros(self._read)
 
         return self._run(kernel, room, None)
 

@@ -16,7 +16,8 @@ def multilinear(
     (B,); a list is cut after the first chunk at whose end P(X <= k) <= tail, if its length `lengths (B,)` goes further.
     """
     count, length = utilities.shape
-    columns = k if tail is None else k + 1
+    read = max(1, min(k, length))
+    columns = read if tail is None else read + 1
     u, p = utilities, probabilities
     largest = u.new_zeros(())
     f = u.new_zeros(length + 1, count, columns)
@@ -33,11 +34,11 @@ def multilinear(
             if lengths is not None:
                 lengths = torch.where(cut, 0, lengths)
 
-    V = u.new_zeros(count, k + 1)
+    V = u.new_zeros(count, read + 1)
     gradient = torch.empty_like(u)
     for i in range(length - 1, -1, -1):
         D = u[:, i, None] + V[:, 1:] - V[:, :-1]
-        gradient[:, i] = (f[i, :, :k] * D).sum(-1)
+        gradient[:, i] = (f[i, :, :read] * D).sum(-1)
         V[:, :-1] += p[:, i, None] * D
     return V[:, 0] / k, gradient / k, largest
 

@@ -39,10 +39,10 @@ class ItemUpdate:
         return self.sums.gradients(weights, scales, **options)
 
     def learning_rate(self) -> float:
-        """Auto: eta = 1/2 * N * C / S * K / R, in Python's floats."""
-        if self.config.learning_rate != "auto":
-            return float(self.config.learning_rate)
+        """Of gradients as the sums give them. Auto: eta = 1/2 * N * C / S * K / R, in Python's floats."""
         problem = self.problem
+        if self.config.learning_rate != "auto":
+            return float(self.config.learning_rate) * problem.factor
         if problem.spread == 0:
             return 0.0
         return 0.5 * problem.tuples * len(self.counts) / problem.slots * self.config.k / problem.spread
@@ -54,7 +54,8 @@ class ItemUpdate:
         bound = self.most * problem.spread / config.k
         share = holders / problem.tuples
         items = len(self.counts)
-        sample = Sample(problem.tuples, items, config.epochs, config.delta, config.epsilon / 2, bound, share)
+        error = config.epsilon / problem.factor / 2
+        sample = Sample(problem.tuples, items, config.epochs, config.delta, error, bound, share)
         return sample if sample.size < problem.tuples else None
 
     def step(self, weights: np.ndarray, rate: float, epoch: int) -> tuple[np.ndarray, dict[str, Any]]:
@@ -65,10 +66,10 @@ class ItemUpdate:
         gradient = sums / tuples
         record = {
             "epoch": epoch + 1,
-            "value": value / tuples,
-            "gradient_max": float(np.abs(gradient).max(initial=0.0)),
+            "value": value / tuples * problem.factor,
+            "gradient_max": float(np.abs(gradient).max(initial=0.0)) * problem.factor,
             "tuples": tuples,
-            "bound": self.reached(cut) if options else 0.0,
+            "bound": self.reached(cut) * problem.factor if options else 0.0,
         }
         return self.moved(weights, rate * gradient), record
 
@@ -76,7 +77,7 @@ class ItemUpdate:
         """Which lists are taken how far, as the engine knows it, and how many they are on all ranks."""
         config, problem, options = self.config, self.problem, {}
         if config.epsilon > 0:
-            allowed = config.epsilon / 2 if config.delta > 0 else config.epsilon
+            allowed = config.epsilon / problem.factor / (2 if config.delta > 0 else 1)
             options["tail"] = tail_for(allowed / self.most, problem.spread, config.k)
         if self.sample is None:
             return options, problem.tuples

@@ -20,7 +20,7 @@ Metric = str | Callable[[dict[str, list[Any]]], float]
 class Judge:
     """A validation set that scores selections and weights of its slots by a metric."""
 
-    def __init__(self, dataset: Any, config: ImportanceConfig, metric: Metric) -> None:
+    def __init__(self, dataset: Any, config: ImportanceConfig, metric: Metric, groups: Any = None) -> None:
         """
         Raises:
             ValueError: unknown metric, or a column that it needs is missing or not as it has to be.
@@ -30,7 +30,7 @@ class Judge:
         self.metric, self.k = metric, config.k
         self.columns: dict[str, Any] = {}
         dataset = _kept_together(dataset)
-        self.lists = read_lists(dataset, config)
+        self.lists = read_lists(dataset, config, groups)
         if not len(self.lists):
             raise ValueError("the validation set has no rows")
         if metric == "vote":
@@ -44,7 +44,7 @@ class Judge:
         if self.metric == "vote":
             slots = np.empty(len(lists), np.int64)
             winners(lists.offsets, self.answers, weights, self.k, slots)
-            return float(np.where(slots >= 0, lists.utilities[slots], 0.0).mean())
+            return float(lists.utilities[slots[slots >= 0]].sum() / len(lists))
         if self.metric == "utility":
             return float(read_utility(lists.offsets, lists.utilities, weights, self.k))
         score = self.metric(self._selected(weights > 0))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import IterableDataset
-from torch import Tensor
 from torch.utils.data import WeightedRandomSampler
 
 from hf_ext import compat
@@ -21,6 +20,7 @@ from hf_ext.importance_weights.fit import solve
 from hf_ext.importance_weights.lists import compact
 from hf_ext.importance_weights.lookup import Lookup, find
 from hf_ext.importance_weights.problem import prepare
+from hf_ext.importance_weights.ranks import Ranks
 
 
 class ImportanceWeights:
@@ -105,8 +105,10 @@ class ImportanceWeights:
             accelerator: of the job; on its CUDA device gradients are computed there.
             progress: show a bar over the epochs, on the first process.
             groups: id -> group, a mapping or a table of both columns, in place of the column.
-            checkpoint_dir: where weights and history are written, every `checkpoint_every` epochs and at the end.
-            resume_from_checkpoint: a folder to go on from, to the bit; True: `checkpoint_dir`.
+            checkpoint_dir: where the first process writes weights and history, every `checkpoint_every` epochs and at
+                the end.
+            resume_from_checkpoint: a folder to go on from, to the bit; True: `checkpoint_dir`. The first process
+                reads it.
             presharded: each process passes rows of its own.
             num_threads: threads of this process; torch's number by default.
 
@@ -116,10 +118,11 @@ class ImportanceWeights:
         """
         if groups is not None and self.config.group_column is None:
             raise ValueError("groups is given and group_column is None; name the corpus's column of groups")
-        if num_threads is not None:
-            check_count("num_threads", num_threads)
-        checkpoints = Checkpoints(self.config, checkpoint_dir, checkpoint_every, resume_from_checkpoint)
-        problem = prepare(validation_dataset, self.config, accelerator, groups, presharded, num_threads)
+        ranks = Ranks(accelerator)
+        ranks.agree(lambda: num_threads is None or check_count("num_threads", num_threads))
+        ranks.same("options", self.config.to_dict())
+        checkpoints = Checkpoints(ranks, self.config, checkpoint_dir, checkpoint_every, resume_from_checkpoint)
+        problem = prepare(validation_dataset, self.config, ranks, accelerator, groups, presharded, num_threads)
         compat.announce("importance_weights", k=self.config.k, method=self.config.method)
         result = solve(problem, checkpoints, progress)
         self._state = saving.State(
@@ -175,7 +178,11 @@ class ImportanceWeights:
 
     @property
     def threshold(self) -> float | None:
-        """What `prune` takes by default; None before `tune_threshold`."""
+        """What `prune` takes by default; None before `tune_threshold`.
+
+        Not part of what `datasets` hashes, so that tuning makes no `map` run again: a function of your own that reads
+        it is found in the cache after it has changed. `prune` is not.
+        """
         return self._fitted.threshold
 
     @property
@@ -223,7 +230,10 @@ class ImportanceWeights:
         return corpora.with_column(batch, self._lookup, self.config.output_column, self.config.dtype)
 
     def annotate(self, corpus: Any) -> Any:
-        """The corpus with the column of weights, the others not written anew; a stream goes through `map`.
+        """The corpus with the column of weights; a stream goes through `map`.
+
+        The other columns are not written anew, unless the rows were selected or shuffled before: `datasets` puts those
+        in order first.
 
         Raises:
             TypeError: neither a Dataset nor an IterableDataset.
@@ -281,12 +291,12 @@ class ImportanceWeights:
         """
         k = self.config.k if k is None else k
         check_count("k", k)
-        answers, ids = list(answers), ids if isinstance(ids, Tensor | np.ndarray | pa.Array) else list(ids)
         if len(answers) != len(ids):
             raise ValueError(f"{len(answers)} answers and {len(ids)} ids; each answer needs the id it comes from")
-        if len(answers) and isinstance(answers[0], list | tuple | np.ndarray):
+        if len(ids) and not isinstance(ids, pa.Array | pa.ChunkedArray) and np.ndim(ids[0]) > 0:
             return [self.weighted_vote(row, row_ids, k) for row, row_ids in zip(answers, ids, strict=True)]
-        return votes.weighted_vote(answers, self.lookup(ids), k)
+        padding = self._lookup.padding(np.asarray(ids))
+        return votes.weighted_vote(list(answers), np.where(padding, 0.0, self.lookup(ids)), k)
 
     def rescore(self, scores: Any, ids: Any, higher_is_better: bool = True) -> np.ndarray:
         """Scores of a retriever times the weights; distances (`higher_is_better=False`) divided by them.
@@ -299,17 +309,18 @@ class ImportanceWeights:
         """
         return self._lookup.rescore(scores, ids, higher_is_better)
 
-    def tune_threshold(self, validation_dataset: Any, metric: votes.Metric = "vote") -> float:
+    def tune_threshold(self, validation_dataset: Any, metric: votes.Metric = "vote", *, groups: Any = None) -> float:
         """The best threshold for `prune` on rows that were not fitted; kept in `threshold`, the table in `tuning`.
 
         metric: "vote": the utility of the most frequent answer of the first k kept; "utility": the mean utility of the
-        first k kept; or a callable, which gets {column: lists} of what is kept and returns a number.
+        first k kept; or a callable, which gets {column: lists} of what is kept and returns a number. groups: as in
+        `fit`.
 
         Raises:
             ValueError: "vote" without `answer_column`, unknown metric.
         """
         state = self._fitted
-        judge = votes.Judge(validation_dataset, self.config, metric)
+        judge = votes.Judge(validation_dataset, self.config, metric, groups)
         if saving.rows_digest(judge.lists) == state.rows:
             warnings.warn(
                 "the threshold is tuned on the rows that the weights were fitted on, and will be too good there; split "
@@ -326,13 +337,13 @@ class ImportanceWeights:
         state.threshold = max(table, key=lambda row: (row["score"], -row["threshold"]))["threshold"]
         return state.threshold
 
-    def evaluate(self, dataset: Any, metric: votes.Metric = "vote") -> dict[str, float | None]:
+    def evaluate(self, dataset: Any, metric: votes.Metric = "vote", *, groups: Any = None) -> dict[str, float | None]:
         """Scores on rows that were neither fitted nor tuned: {"rows", "vanilla", "prune", "weighted_vote"}.
 
         "prune" is None before `tune_threshold`, "weighted_vote" for metrics other than "vote".
         """
         state = self._fitted
-        judge = votes.Judge(dataset, self.config, metric)
+        judge = votes.Judge(dataset, self.config, metric, groups)
         places, lookup = self._slots(judge), self._lookup
         pruned = (
             None if state.threshold is None else judge.score(lookup.kept(places, state.threshold).astype(np.float64))

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hf_ext.ofq_quantizer.annealing import ConfidenceAnnealing, ConfidenceAnnealingCallback
+    from hf_ext.ofq_quantizer.calibration import calibrate
     from hf_ext.ofq_quantizer.config import OFQConfig
-    from hf_ext.ofq_quantizer.convert import activation_quantizers, calibrate, full_precision, quantize
+    from hf_ext.ofq_quantizer.convert import activation_quantizers, full_precision, quantize
     from hf_ext.ofq_quantizer.distillation import distillation_loss, distillation_loss_func
     from hf_ext.ofq_quantizer.freezing import IntegerWeight, freeze
     from hf_ext.ofq_quantizer.integer import to_int8
@@ -56,7 +57,7 @@ _HOME = {
     "OscillationCallback": "oscillation",
     "OscillationTracker": "oscillation",
     "activation_quantizers": "convert",
-    "calibrate": "convert",
+    "calibrate": "calibration",
     "distillation_loss": "distillation",
     "distillation_loss_func": "distillation",
     "export_fp": "packed",

@@ -1,6 +1,6 @@
 """Attention with every factor rounded: queries, keys, probabilities and values, or QKR instead of the first two."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,36 +37,38 @@ class QuantAttention(nn.Module):
 
     def factor(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Weight (heads * head_dim, width) and bias of the query (0), key (1) or value (2)."""
-        if len(self.projections) == 3:
-            layer = self.projections[index]
-            return layer.weight, layer.bias
-        (layer,) = self.projections
         bias = self.joint_bias()
-        return layer.weight.chunk(3)[index], None if bias is None else bias.chunk(3)[index]
+        return self._weight(index), None if bias is None else bias.chunk(3)[index]
+
+    def _weight(self, index: int) -> Tensor:
+        layers = self.projections
+        return layers[index].weight if len(layers) == 3 else layers[0].weight.chunk(3)[index]
 
     def joint_bias(self) -> Tensor | None:
-        """Bias of a joint projection (3 * heads * head_dim)."""
-        return self.projections[0].bias
+        """Biases of query, key and value as one (3 * heads * head_dim).
+
+        A part of it has gradients for all of them, zeros where it does not depend on them: QKR has no use for the
+        key's, and DistributedDataParallel waits for a gradient of every parameter.
+        """
+        biases = [layer.bias for layer in self.projections]
+        return biases[0] if len(biases) == 1 or biases[0] is None else torch.cat(biases)
 
     def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
         """One of `projections` of x (batch, tokens, width); as it is where skip_modules left it so."""
-        joint = len(self.projections) == 1
-        bias = self.joint_bias() if joint else layer.bias
-        if isinstance(layer, QuantLinear):
-            return layer.product(x, layer.input_quantizer if joint else self.input_quantizer, bias)
-        return F.linear(x, layer.weight, bias)
+        joint, quantized = len(self.projections) == 1, isinstance(layer, QuantLinear)
+        if not joint:
+            return layer.product(x, self.input_quantizer, layer.bias) if quantized else layer(x)
+        _require_linear(layer)
+        bias = self.joint_bias()
+        return layer.product(x, layer.input_quantizer, bias) if quantized else F.linear(x, layer.weight, bias)
 
     @property
     def query_weight(self) -> Tensor:
-        return self.factor(0)[0]
-
-    @property
-    def key_weight(self) -> Tensor:
-        return self.factor(1)[0]
+        return self._weight(0)
 
     @property
     def value_weight(self) -> Tensor:
-        return self.factor(2)[0]
+        return self._weight(2)
 
     def set_up(self, switches: Switches, tokens: int) -> None:
         """Turn a host's attention, whose class has just been changed, into a quantised one.
@@ -132,6 +134,7 @@ class QuantAttention(nn.Module):
         self, x: Tensor, scaling: float, logit_bias: Tensor | None = None, dropout: float = 0.0
     ) -> Tensor:
         """The same from the input x (batch, tokens, width), with the product W_q^T W_k rounded as one (QKR)."""
+        _require_linear(*self.projections)
         t, v = map(self.split, self._latent_products(x) if self.qk is None else self._frozen_products(x))
         u = self._query_bias_term(x)
         if u is not None:
@@ -156,7 +159,7 @@ class QuantAttention(nn.Module):
     def qk_product(self) -> Tensor:
         """A, (heads * width, width) float32: W_q,h^T W_k,h of every head."""
         with torch.autocast(self.query_weight.device.type, enabled=False):
-            q, k = (self.factor(index)[0].float().unflatten(0, (self.heads, -1)) for index in (0, 1))
+            q, k = (self._weight(index).float().unflatten(0, (self.heads, -1)) for index in (0, 1))
             return (q.transpose(1, 2) @ k).flatten(0, 1)
 
     def low_bit_weights(self) -> dict[str, Tensor]:
@@ -211,14 +214,20 @@ class QuantAttention(nn.Module):
             return integer_attention(q, k, v, *quantizers, scaling, logit_bias)
         factors = (q, k, v, left, right, scaling, logit_bias)
         at_once = self.switches.rounding and not self.switches.calibrating and not dropout
-        if at_once and self.training and not all(a.ready for a in quantizers):
+        ready = all(a.ready for a in quantizers)
+        if not at_once or not (ready or self.training):
+            return self._attend_in_steps(*factors, dropout)
+        if not ready:
             with torch.no_grad():  # for the scales alone: the recomputation of a checkpoint, with them, saves the same
                 self._attend_in_steps(*factors, dropout)
-        if at_once and all(a.ready for a in quantizers):
-            left, right, values = (a.activation(x) for a, x in zip(quantizers, (q, k, v), strict=False))
-            probs = self.probs_quantizer.activation(v)  # as many tokens
-            return quantized_attention(q, k, v, left, right, values, probs, scaling, logit_bias)
-        return self._attend_in_steps(*factors, dropout)
+        self._tell_if_plain(q, v, *quantizers)
+        read = [a.activation if ready else a.kept_activation for a in quantizers]
+        operands = (a(x) for a, x in zip(read, (q, k, v, v), strict=True))  # probabilities have as many tokens as v
+        return quantized_attention(q, k, v, *operands, scaling, logit_bias)
+
+    def _tell_if_plain(self, q: Tensor, v: Tensor, *quantizers: ActivationQuantizer) -> None:
+        left, right, values, probs = (a.largest for a in quantizers)
+        self.switches.tell_if_plain(q, (q.shape[-1], left, right), (v.shape[-2], probs, values))
 
     def _attend_in_steps(
         self,
@@ -238,3 +247,43 @@ class QuantAttention(nn.Module):
             logits = logits + logit_bias
         probs = self.probs_quantizer(logits.softmax(-1))
         return (F.dropout(probs, dropout) @ v).transpose(1, 2).flatten(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """The bits leave no trace in names and shapes; the notes that torch keeps beside the tensors have them."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        notes = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if notes is not None:
+            notes["ofq"] = self.switches.config.to_dict()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any) -> None:
+        own = self.switches.config.to_dict()
+        saved = local_metadata.get("ofq", own)
+        if others := [name for name in own if saved.get(name) != own[name]]:
+            differences = ", ".join(f"{name}={saved.get(name)!r} and not {own[name]!r}" for name in others)
+            self.switches.warn_once(
+                f"these weights were learnt with {differences}: build the model so, or calibrate and train it"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _require_linear(*layers: nn.Module) -> None:
+    """Raise where another module stands for a layer whose weight is read without a call."""
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            raise RuntimeError(
+                f"a {type(layer).__module__}.{type(layer).__qualname__} stands where this attention reads the weight "
+                "of a layer of its own; PEFT's LoRA has no effect there: leave queries, keys and values out of "
+                "target_modules"
+            )
+
+
+def windowed(bias: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
+    """bias (1, heads, n, n), and with a mask (windows, n, n) (batch * windows, heads, n, n)."""
+    return bias if mask is None else (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+
+
+def additive(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask that adds, or that says where to look, as a term of the logits in the dtype of x."""
+    if mask is None or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, torch.finfo(x.dtype).min)

@@ -1,17 +1,15 @@
-"""From a full-precision model to a quantised one, and the first values of its scales."""
+"""From a full-precision model to a quantised one, and back for a while."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
 from torch import nn
 
 from hf_ext.ofq_quantizer.attention import QuantAttention
+from hf_ext.ofq_quantizer.checkpoints import tell_of_missing_quantizers
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
 from hf_ext.ofq_quantizer.plan import make_plan
-from hf_ext.ofq_quantizer.probe import evaluation
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 
 
@@ -23,7 +21,8 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
 
     Raises:
         ValueError: the model has no attention that is supported, or one that is not; it is quantised already; its
-            number of tokens varies; QKR is not defined for it; a skip pattern matches nothing. The model is untouched.
+            number of tokens varies; QKR is not defined for it; a skip pattern takes out nothing, or all of them
+            everything. The model is untouched.
     """
     if not isinstance(config, OFQConfig):
         raise TypeError(f"config must be an OFQConfig, not {type(config).__name__}; OFQConfig.from_dict reads a dict")
@@ -43,6 +42,7 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
         from hf_ext.ofq_quantizer.hf_quantizer import adopt
 
         adopt(model, config)
+    model.register_load_state_dict_pre_hook(tell_of_missing_quantizers)  # after that of `adopt`, which renames
     return model
 
 
@@ -107,7 +107,10 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 @contextmanager
 def full_precision(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, nothing is rounded; shifts and the algebra of QKR stay."""
+    """Inside, nothing is rounded; shifts and the algebra of QKR stay.
+
+    A switch of the whole model: forwards of other threads meanwhile round nothing either. Give them a copy of it.
+    """
     switches = quantized_switches(model)
     before = [switch.rounding for switch in switches]
     for switch in switches:
@@ -117,60 +120,3 @@ def full_precision(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for switch, rounding in zip(switches, before, strict=True):
             switch.rounding = rounding
-
-
-def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Give the scales of the activations their first values: the mean over the batches of LSQ's initial scales.
-
-    Args:
-        model: a quantised model, under DistributedDataParallel or not; every process takes part, and all get the mean.
-        batches: tensors, tuples whose first element is the images, or dicts of the model's keywords. Each is run once,
-            in evaluation mode and without gradient; a quantiser takes its scale from what those before it let through.
-
-    Returns the model, every module in the mode it was in.
-
-    Raises:
-        ValueError: no batch, or one without images; the model is not quantised.
-    """
-    switches = quantized_switches(model)
-    quantizers = activation_quantizers(model).values()
-    device = next(model.parameters()).device
-    ran = 0
-    try:
-        for switch in switches:
-            switch.calibrating = True
-        with evaluation(model), torch.no_grad():
-            for batch in batches:
-                _run(model, batch, device)
-                ran += 1
-        if not ran:
-            raise ValueError("calibrate needs at least one batch of images, and got none")
-        for quantizer in quantizers:
-            quantizer.finish_calibration()
-    finally:
-        for switch in switches:
-            switch.calibrating = False
-        for quantizer in quantizers:
-            quantizer.forget_calibration()
-    return model
-
-
-def require_calibrated(model: nn.Module) -> None:
-    """Raise where a scale has no value yet.
-
-    Raises:
-        ValueError: naming the first such quantiser.
-    """
-    missing = [name for name, quantizer in activation_quantizers(model).items() if not quantizer.ready]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} quantisers have no scales yet, the first is {missing[0]}; call "
-            "hf_ext.ofq_quantizer.calibrate(model, batches), or train, first"
-        )
-
-
-def _run(model: nn.Module, batch: Any, device: torch.device) -> None:
-    if isinstance(batch, dict):
-        model(**{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()})
-    else:
-        model((batch[0] if isinstance(batch, tuple | list) else batch).to(device))

@@ -28,21 +28,38 @@ def distillation_loss(student_logits: Tensor | tuple[Tensor, Tensor], labels: Te
     Args:
         student_logits: (batch, classes), or the pair (class token, distillation token) of a distilled DeiT in training,
             whose first learns from the labels and whose second from the teacher.
-        labels: indices (batch,) or probabilities (batch, classes), as mixup makes them.
+        labels: indices (batch,) of an integer dtype, or probabilities (batch, classes), as mixup makes them.
         teacher_logits: (batch, classes); no gradient goes there.
 
     Raises:
-        ValueError: shapes that do not fit each other, with both.
+        TypeError: logits of the teacher that are no tensor.
+        ValueError: shapes that do not fit each other, with both; another number of outputs than two.
     """
-    if isinstance(student_logits, tuple | list):
-        of_class, of_distillation = (logits.float() for logits in student_logits)
-    else:
-        of_class = of_distillation = student_logits.float()
-    target = labels.float() if labels.is_floating_point() else labels
+    if not isinstance(teacher_logits, Tensor):
+        raise TypeError(
+            f"teacher_logits are a tensor (batch, classes), not a {type(teacher_logits).__name__}; of the outputs of a "
+            "distilled DeiT in training give one, or put the teacher into evaluation mode"
+        )
+    of_class, of_distillation = _pair(student_logits)
+    if labels.is_floating_point() and labels.dim() == 1:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} are indices of classes and need an integer dtype, not "
+            f"{labels.dtype}: labels.long()"
+        )
+    target = labels.float() if labels.is_floating_point() else labels.long()
     _check_shape("labels", target, of_class.shape if labels.is_floating_point() else of_class.shape[:1], of_class)
     _check_shape("teacher_logits", teacher_logits, of_distillation.shape, of_distillation)
     taught = teacher_logits.detach().float().softmax(-1)
     return F.cross_entropy(of_class, target) + F.cross_entropy(of_distillation, taught)
+
+
+def _pair(logits: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """What learns from the labels and what from the teacher, in float32."""
+    if isinstance(logits, Tensor):
+        return [logits.float()] * 2
+    if len(logits) != 2:
+        raise ValueError(f"student_logits are one tensor, or two (class token, distillation token), not {len(logits)}")
+    return [part.float() for part in logits]
 
 
 def _check_shape(name: str, given: Tensor, wanted: torch.Size, logits: Tensor) -> None:

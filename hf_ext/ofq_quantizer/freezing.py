@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.attention import QuantAttention
-from hf_ext.ofq_quantizer.convert import quantized_switches, require_calibrated
+from hf_ext.ofq_quantizer.calibration import require_calibrated
+from hf_ext.ofq_quantizer.convert import quantized_switches
 from hf_ext.ofq_quantizer.frozen import FrozenConv2d, FrozenLinear, FrozenWeight, IntegerWeight
 from hf_ext.ofq_quantizer.layers import QuantLinear, QuantWeight
 
-__all__ = ["IntegerWeight", "drop_latents", "freeze", "frozen_copy"]
+__all__ = ["IntegerWeight", "drop_latents", "freeze", "frozen_copy", "integer_weights", "require_finite_weights"]
 
 
 @torch.no_grad()
@@ -25,11 +26,23 @@ def freeze(model: nn.Module) -> dict[str, IntegerWeight]:
     Raises:
         ValueError: a weight has NaN or inf, with the layer and the row; the model is not quantised.
     """
+    require_finite_weights(model)
+    weights = dict(integer_weights(model))
+    for name, weight in weights.items():
+        _require_finite(name, weight.scale[:, None])
+    return weights
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Raise where the weight of a quantised layer has no codes.
+
+    Raises:
+        ValueError: a weight has NaN or inf, with the layer and the row; the model is not quantised.
+    """
     quantized_switches(model)
     for name, module in model.named_modules():
         if isinstance(module, QuantWeight) and not module.weight.is_meta:
             _require_finite(name, module.weight)
-    return dict(_integer_weights(model))
 
 
 def frozen_copy(model: nn.Module) -> nn.Module:
@@ -69,24 +82,26 @@ def _drop_factors(attention: QuantAttention, product: IntegerWeight, values: Int
         layer.bias = None
 
 
-def _integer_weights(model: nn.Module) -> Iterator[tuple[str, IntegerWeight]]:
+@torch.no_grad()
+def integer_weights(model: nn.Module) -> Iterator[tuple[str, IntegerWeight]]:
+    """What `freeze` returns; the scale of a row with NaN or inf is one of them, and its codes mean nothing."""
     for name, module in model.named_modules():
         if isinstance(module, FrozenWeight):
             yield name, module.integer_weight()
         elif isinstance(module, QuantWeight) and not getattr(module, "reparametrized", False):
-            yield name, _integers(name, module.weight.flatten(1), module.weight_quantizer())
+            yield name, _integers(module.weight.flatten(1), module.weight_quantizer())
         elif isinstance(module, QuantAttention):
             for child, weight in module.low_bit_weights().items():
                 full = f"{name}.{child}".removeprefix(".")
-                yield full, _integers(full, weight, module.projections[-1].weight_quantizer())
+                yield full, _integers(weight, module.projections[-1].weight_quantizer())
 
 
-def _integers(name: str, weight: Tensor, quantizer: ops.WeightQuantizer) -> IntegerWeight:
+def _integers(weight: Tensor, quantizer: ops.WeightQuantizer) -> IntegerWeight:
     if quantizer.scale is None:
         codes, scale = ops.statsq_codes(weight, quantizer.bits, quantizer.coefficient)
     else:
         codes, scale = ops.weight_integers(weight, quantizer)
-    _require_finite(name, scale[:, None])
+        scale = scale.where(weight.isfinite().all(1), torch.nan)
     return IntegerWeight(codes.to(torch.int8), scale, quantizer.bits, "statsq" if quantizer.scale is None else "lsq")
 
 

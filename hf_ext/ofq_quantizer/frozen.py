@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.ofq_quantizer import ops
-from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
+from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight, linear
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches, restore_float32
 
 Method = Literal["statsq", "lsq"]
@@ -115,7 +115,7 @@ class FrozenLinear(FrozenWeight, QuantLinear):
             return super().product(x, quantizer, bias)
         self.executed = True
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
-        y = ops.quantized_linear(tokens, self.operand, bias, quantizer.activation(tokens), self.weight_quantizer())
+        y = linear(tokens, self.operand, bias, quantizer, self.weight_quantizer())
         return y.view(*x.shape[:-1], self.out_features)
 
     def low_bit_weights(self) -> dict[str, Tensor]:

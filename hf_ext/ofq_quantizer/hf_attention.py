@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.models.deit.modeling_deit import DeiTPooler
 from transformers.models.vit.modeling_vit import ViTPooler
 
 from hf_ext import compat
-from hf_ext.ofq_quantizer.attention import QuantAttention
+from hf_ext.ofq_quantizer.attention import QuantAttention, additive, windowed
 from hf_ext.ofq_quantizer.layers import QuantLinear
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
@@ -40,10 +39,6 @@ class HostAttention(QuantAttention):
             y = self.attend(*(self.split(self.project(layer, x)) for layer in self.projections), scaling, bias, dropout)
         weights, self.weights = self.weights, None
         return y, weights
-
-    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
-        """The layer on the shared input; as it is where skip_modules left it so."""
-        return layer.product(x, self.input_quantizer, layer.bias) if isinstance(layer, QuantLinear) else layer(x)
 
     def _attend(
         self,
@@ -93,7 +88,7 @@ class SplitSwinAttention(SplitAttention):
         _refuse(*head_mask)
         tokens = self.window_size[0] * self.window_size[1]
         table = self.relative_position_bias_table[self.relative_position_index.view(-1)]
-        bias = _windows(table.view(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0), attention_mask, hidden_states)
+        bias = windowed(table.view(tokens, tokens, -1).permute(2, 0, 1).unsqueeze(0), attention_mask, hidden_states)
         y, weights = self.mix(hidden_states, bias, self.dropout.p, bool(wanted))
         return (y, weights) if wanted else (y,)
 
@@ -122,16 +117,14 @@ class WholeAttention(HostAttention):
                 f"an OFQ attention takes masks (batch, 1, tokens, tokens), not the {type(mask).__name__} that "
                 f'attn_implementation="{self.config._attn_implementation}" makes; load the model with "sdpa" or "eager"'
             )
-        if mask.dtype != torch.bool:
-            return mask
-        return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, torch.finfo(x.dtype).min)
+        return additive(mask, x)
 
 
 class WholeSwinAttention(WholeAttention):
     """Swin, the same."""
 
     def logit_bias(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return _windows(self.relative_position_bias(), mask, x)
+        return windowed(self.relative_position_bias(), mask, x)
 
 
 _PLAIN, _SWIN = (
@@ -161,11 +154,6 @@ REFUSED: dict[type[nn.Module], str] = {}
 
 # Modules whose layers stay as they are.
 LEFT_ALONE: dict[type[nn.Module], str] = {ViTPooler: "pooling head", DeiTPooler: "pooling head"}
-
-
-def _windows(bias: Tensor, mask: Tensor | None, x: Tensor) -> Tensor:
-    """bias (1, heads, n, n), and with a mask (windows, n, n) (batch * windows, heads, n, n)."""
-    return bias if mask is None else (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
 
 
 def _refuse(*head_masks: Any) -> None:

@@ -4,13 +4,17 @@ Saved files hold the latent weights. So that a process without hf_ext does not t
 quantised weight is written with one extra leading axis, at which every loader that does not know of it stops.
 """
 
+from pathlib import Path
+from re import fullmatch
 from typing import Any
 
+from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_ext import compat
+from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.layers import QuantWeight
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
@@ -22,6 +26,24 @@ NOTE = (
     "that a loader which does not know OFQ stops. hf_ext reads it; hf_ext.ofq_quantizer.export_fp writes the ordinary "
     "file"
 )
+
+CARD = """---
+{metadata}
+---
+
+# {kind}, quantised with OFQ
+
+{w_bits}-bit weights and {a_bits}-bit activations, after [arXiv 2302.02210](https://arxiv.org/abs/2302.02210). Where
+hf_ext is installed, this reads the folder, to evaluate the model or to train it on:
+
+```python
+from transformers import {kind}
+
+model = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")
+```
+
+What the files hold: {note}.
+"""
 
 _ROLES = ("input", "q", "k", "v", "probs", "qkx")
 
@@ -73,7 +95,8 @@ class OFQHfQuantizer(compat.QuantizerHooks, HfQuantizer):
                     module.weight = nn.Parameter(module.weight.detach()[0], module.weight.requires_grad)
                 if module.weight.is_meta:
                     raise ValueError(f"{name}.weight was offloaded, and OFQ models cannot be; give device_map a device")
-                if f"{name}.weight_scale_norm" in missing:
+                module.scale_was_loaded = f"{name}.weight_scale_norm" not in missing
+                if not module.scale_was_loaded:
                     module.weight_scale_norm.data.copy_(module.first_weight_scale(module.weight))
                     anew.add(name)
             elif isinstance(module, ActivationQuantizer):
@@ -90,6 +113,11 @@ class OFQHfQuantizer(compat.QuantizerHooks, HfQuantizer):
 
     def saved_state(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         state = model.state_dict()
+        if later := later_layers(model):
+            logger.warning_once(
+                f"{', '.join(later)} came into the model after its conversion, and from_pretrained will refuse to read "
+                f"it from this folder, where it expects quantised layers: {CURE}"
+            )
         for name in _quantised(model):
             state[f"{name}.weight"] = state[f"{name}.weight"].unsqueeze(0)
         return state, {"ofq": NOTE}
@@ -123,6 +151,17 @@ def _introduce(model: nn.Module, quantizer: OFQHfQuantizer) -> None:
     model.config.quantization_config = quantizer.quantization_config
     model.add_model_tags("ofq")
     compat.use_disk_names(model, _disk_names(model))
+    compat.leave_card(model, model_card)
+
+
+def model_card(model: nn.Module) -> str:
+    """What README.md says beside a saved model: how to read it, and what its extra axis is."""
+    config, source = model.config.quantization_config, model.config.name_or_path or ""
+    base = source if fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists() else None
+    metadata = ModelCardData(library_name="transformers", tags=model.model_tags, base_model=base).to_yaml()
+    return CARD.format(
+        metadata=metadata, kind=type(model).__name__, w_bits=config.w_bits, a_bits=config.a_bits, note=NOTE
+    )
 
 
 def _disk_names(model: nn.Module) -> list[tuple[str, str]]:

@@ -4,9 +4,10 @@ Every operation is that of the quantised model, in the same order; the sums of p
 float32, are taken in int32.
 """
 
-from collections.abc import Iterator
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, cached_property, wraps
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +22,30 @@ from hf_ext.ofq_quantizer.ops import code_range, integer_sums_fit
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 
 
+def _left_out(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Have compilers go around a function; an exported graph cannot."""
+
+    @torch.compiler.disable
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "a model of to_int8 computes with kernels that no graph holds, and cannot be exported; export the "
+                "model it was made from (export_onnx keeps its integers)"
+            )
+        return function(*args, **kwargs)
+
+    return run
+
+
 @torch.no_grad()
 def to_int8(model: nn.Module) -> nn.Module:
     """A copy of a calibrated model that multiplies integers, for inference on the CPU.
 
     In float32 equal to `model` in evaluation mode, bit for bit. In other dtypes, and where a sum of products could
     exceed 2^24, only close to it, of which the first such forward warns. NaN in the input counts as the lowest code.
+
+    It follows `load_state_dict` and casts; edits in place of its scales, shifts and biases it does not see.
 
     Raises:
         ValueError: the model is not on the CPU, not quantised, not calibrated, or a weight has NaN or inf.
@@ -41,7 +60,6 @@ def to_int8(model: nn.Module) -> nn.Module:
     for module in integer.modules():
         if isinstance(module, ActivationQuantizer):
             module.__class__ = Int8Quantizer
-            module.prepare()
         elif isinstance(module, FrozenWeight):
             module.__class__ = Int8Linear if isinstance(module, FrozenLinear) else Int8Conv2d
     for name, module in integer.named_modules():
@@ -52,29 +70,36 @@ def to_int8(model: nn.Module) -> nn.Module:
 
 
 class Int8Quantizer(ActivationQuantizer):
-    """A quantiser whose scales stay as they are.
+    """A quantiser whose scales and shifts are read once, and again after they were loaded or moved."""
 
-    Attributes:
-        factors: the scales (H, N) or, where each channel has one, (H, D); H and N may be 1.
-        limits: lowest and highest code, and what is subtracted to hold them in int8.
-        largest: the largest absolute code.
-    """
-
-    factors: np.ndarray
-    limits: tuple[int, int, int]
-    largest: int
-
-    def prepare(self) -> None:
-        """Compute the arrays."""
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """Lowest and highest code, and what is subtracted to hold them in int8."""
         low, high = code_range(self.bits, self.positive)
-        self.limits, self.largest = (low, high, 128 if high > 127 else 0), max(-low, high)
+        return low, high, 128 if high > 127 else 0
+
+    @cached_property
+    def factors(self) -> np.ndarray:
+        """The scales (H, N) or, where each channel has one, (H, D); H and N may be 1."""
         scale = self.scale.detach().clamp(min=ops.SMALLEST_SCALE)
         if self.axis == -1:
             scale = scale.view(self.heads, -1)
         else:
             scale = scale.view(-1, self.heads).t() if self.per_head and self.axis == -2 else scale[None]
-        self.factors = scale.contiguous().numpy()
-        self._before, self._after = (_array(shift) for shift in (self.bias_in, self.bias_out))
+        return scale.contiguous().numpy()
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        return _array(self.bias_in)
+
+    @cached_property
+    def _after(self) -> np.ndarray:
+        return _array(self.bias_out)
+
+    def synchronize(self) -> None:
+        super().synchronize()
+        for name in ("factors", "_before", "_after"):
+            vars(self).pop(name, None)
 
     def shift_before(self, width: int) -> np.ndarray:
         """`bias_in` (H, width)."""
@@ -98,22 +123,38 @@ class Int8Quantizer(ActivationQuantizer):
 class Int8Weight(FrozenWeight):
     """Goes before a frozen layer."""
 
+    _made_for: np.ndarray | None = None  # the scales of the input, of which a quantiser makes new ones after a load
+
+    @torch.no_grad()
     def prepare(self, quantizer: Int8Quantizer) -> None:
-        """Compute all that stays, given the quantiser of the input."""
+        """Compute all that stays until the next load, given the quantiser of the input."""
         x = torch.zeros(1, quantizer.factors.shape[1], self.integers.shape[1])
         a = quantizer.activation(x)
         x = x if a.bias_in is None else x - a.bias_in.float()  # its codes are 0
-        self._shift = ops.quantized_linear(x, self.operand, None, a, self.weight_quantizer())[0, 0]
+        with ops.no_autocast(x):
+            self._shift = ops.quantized_linear(x, self.operand, None, a, self.weight_quantizer())[0, 0]
         self._offset = self.bias, self._with(self.bias)
         self._correction = (self.integers.sum(1, dtype=torch.int32) * quantizer.limits[2]).numpy()
         self._right, self._step = self.integers.t(), self.step.numpy()
         self._largest = 2**self.weight_bits - 1 if self.method == "statsq" else 2 ** (self.weight_bits - 1)
+        self._made_for = quantizer.factors
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._made_for = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Weight":
+        super()._apply(fn, recurse)
+        self._made_for = None
+        return self
 
     def _with(self, bias: Tensor | None) -> np.ndarray:
         return (self._shift if bias is None else bias.detach().float() + self._shift).numpy()
 
     def rescaled(self, codes: Tensor, quantizer: Int8Quantizer, bias: Tensor | None) -> Tensor:
         """codes int8 (B, T, columns) -> (B, T, rows) float32."""
+        if self._made_for is not quantizer.factors:
+            self.prepare(quantizer)
         columns, rows = self._right.shape
         _tell_if_close(self.switches, columns, quantizer.largest, self._largest, self._like.dtype)
         acc = torch.empty(*codes.shape[:2], rows, dtype=torch.int32)
@@ -128,7 +169,7 @@ class Int8Weight(FrozenWeight):
 class Int8Linear(Int8Weight, FrozenLinear):
     """A linear layer that multiplies int8 by int8."""
 
-    @torch.compiler.disable
+    @_left_out
     def product(self, x: Tensor, quantizer: Int8Quantizer, bias: Tensor | None) -> Tensor:
         if not self.switches.rounding:
             return super().product(x, quantizer, bias)
@@ -141,7 +182,7 @@ class Int8Linear(Int8Weight, FrozenLinear):
 class Int8Conv2d(Int8Weight, FrozenConv2d):
     """A patch embedding that multiplies int8 by int8."""
 
-    @torch.compiler.disable
+    @_left_out
     def forward(self, x: Tensor) -> Tensor:
         if not self.switches.rounding:
             return super().forward(x)
@@ -155,7 +196,7 @@ class Int8Conv2d(Int8Weight, FrozenConv2d):
         return y.to(x.dtype).transpose(1, 2).unflatten(2, (rows, columns))
 
 
-@torch.compiler.disable
+@_left_out
 def integer_attention(
     q: Tensor,
     k: Tensor,

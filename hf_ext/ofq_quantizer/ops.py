@@ -38,12 +38,14 @@ __all__ = [
     "code_range",
     "integer_linear",
     "integer_sums_fit",
+    "largest_of_weight",
     "low_confidence",
     "lsq",
     "lsq_codes",
     "lsq_init",
     "mask_gradient",
     "odd_codes",
+    "product_dtype",
     "quantize_activation",
     "quantized_linear",
     "quantized_weight",
@@ -120,6 +122,11 @@ def largest(a: Activation) -> int:
     return max(map(abs, code_range(a.bits, a.positive)))
 
 
+def largest_of_weight(weight: Tensor, w: WeightQuantizer) -> int:
+    """The same of `weight_integers`."""
+    return 2**w.bits - 1 if w.scale is None or weight.dtype == torch.int8 else 2 ** (w.bits - 1)
+
+
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which nn.Linear multiplies x."""
     kind = x.device.type
@@ -140,7 +147,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager[None]:
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Activation, w: WeightQuantizer, dtype: torch.dtype
 ) -> Tensor:
-    if dtype != torch.float32 or not integer_sums_fit(x.shape[-1], largest(a), _largest(weight, w)):
+    if dtype != torch.float32 or not integer_sums_fit(x.shape[-1], largest(a), largest_of_weight(weight, w)):
         bias = bias if bias is None else bias.to(dtype)
         return F.linear(dequantized(x, a).to(dtype), _dequantized_weight(weight, w).to(dtype), bias)
     if kernels.accept_activation(x, a) and kernels.accept(
@@ -173,10 +180,6 @@ def _offset(values: Tensor, step: Tensor, bias: Tensor | None, a: Activation) ->
     else:
         dots = row_sum(values * a.bias_out.float())[:, 0]
     return dots * step if bias is None else bias + dots * step
-
-
-def _largest(weight: Tensor, w: WeightQuantizer) -> int:
-    return 2**w.bits - 1 if w.scale is None or weight.dtype == torch.int8 else 2 ** (w.bits - 1)
 
 
 def _rows(w: WeightQuantizer) -> Activation:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
-from hf_ext.ofq_quantizer.freezing import drop_latents, freeze, frozen_copy
+from hf_ext.ofq_quantizer.freezing import drop_latents, freeze, frozen_copy, require_finite_weights
 from hf_ext.ofq_quantizer.frozen import FrozenWeight
 from hf_ext.ofq_quantizer.origin import build, describe, save_plain
 from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
@@ -23,6 +25,8 @@ from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 FORMAT = "ofq_packed"
 STOPS = dict.fromkeys(("format", "architecture", "model_type", "dtype"), FORMAT)
 CONFIG, TENSORS = "config.json", "model.safetensors"
+VERSION = 1
+FIELDS = ("ofq", "base", "sha256")
 
 
 def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -34,19 +38,25 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
         model_args: for a model of timm whose arguments timm has not recorded: those of its `create_model`.
 
     Raises:
-        ValueError: the model is not quantised or not calibrated, a weight has NaN or inf, or the model cannot be built
-            again from what it says of itself.
+        ValueError: the model is not quantised or not calibrated, a weight or a scale has NaN or inf, the model cannot
+            be built again from what it says of itself, or the folder has files of others under these names.
     """
+    directory = Path(directory)
+    _require_free(directory)
+    if later := later_layers(model):
+        raise ValueError(
+            f"{', '.join(later)} came into the model after its conversion, and would be quantised where the file is "
+            f"read: {CURE}"
+        )
     frozen = frozen_copy(model).cpu()
     about = describe(model, model_args)
     config = quantized_switches(model)[0].config
     tensors = _packed_tensors(frozen)
     _check_rebuilt(frozen, tensors, about, config)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / TENSORS, metadata={"format": FORMAT})
-    text = json.dumps(STOPS | {"ofq": config.to_dict(), "base": about}, indent=1)
-    (directory / CONFIG).write_text(text + "\n")
+    fields = {"ofq": config.to_dict(), "base": about, "sha256": _digest(directory / TENSORS)}
+    (directory / CONFIG).write_text(json.dumps(STOPS | {"format_version": VERSION} | fields, indent=1) + "\n")
 
 
 def load_packed(directory: str | Path) -> nn.Module:
@@ -56,13 +66,20 @@ def load_packed(directory: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no config.json or model.safetensors.
-        ValueError: the folder is none of `save_packed`.
+        ValueError: the folder is none of `save_packed`, of a newer one, or damaged.
     """
     directory = Path(directory)
-    config = json.loads((directory / CONFIG).read_text())
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{directory} was not written by save_packed: its config.json does not say {FORMAT!r}")
-    return _filled(config["base"], OFQConfig.from_dict(config["ofq"]), load_file(directory / TENSORS))
+    config = _read_config(directory / CONFIG)
+    if _digest(directory / TENSORS) != config["sha256"]:
+        raise ValueError(
+            f"{directory / TENSORS} is damaged: its checksum is not the one in {CONFIG}; save or copy it again"
+        )
+    try:
+        return _filled(config["base"], OFQConfig.from_dict(config["ofq"]), load_file(directory / TENSORS))
+    except KeyError as error:
+        raise ValueError(f"{directory / CONFIG} lacks {error} in 'base'") from error
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{directory / CONFIG} and {TENSORS} do not make a model: {error}") from error
 
 
 def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -75,15 +92,54 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
         model, directory, model_args: as for `save_packed`.
 
     Raises:
-        ValueError: the model is not quantised, has no latent weights any more, or cannot be built again.
+        ValueError: the model is not quantised, has no latent weights any more or NaN or inf in them, or cannot be built
+            again.
     """
-    quantized_switches(model)
+    require_finite_weights(model)
     if any(isinstance(module, FrozenWeight) for module in model.modules()):
         raise ValueError("this model holds integers and no latent weights; export the model it was made from")
-    plain = build(describe(model, model_args))
+    plain = build(about := describe(model, model_args))
     own = model.state_dict()
-    plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True, assign=True)
+    try:
+        plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"this model cannot be built again from {about} ({error}); pass model_args") from error
     save_plain(plain, directory, model_args)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{path.parent} was not written by save_packed: its {CONFIG} does not say {FORMAT!r}")
+    version = config.get("format_version")
+    if version != VERSION:
+        raise ValueError(
+            f"{path} has format_version={version!r}, and this hf_ext reads {VERSION}; a higher one takes a newer hf_ext"
+        )
+    for field in FIELDS:
+        if field not in config:
+            raise ValueError(f"{path} lacks the field {field!r}; save_packed writes {', '.join(map(repr, FIELDS))}")
+    return config
+
+
+def _require_free(directory: Path) -> None:
+    """Raise rather than overwrite somebody's trained checkpoint; a packed model may be replaced."""
+    there = [name for name in (CONFIG, TENSORS) if (directory / name).exists()]
+    if there:
+        try:
+            _read_config(directory / CONFIG)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{directory / there[0]} is there, and no packed model of this hf_ext; name another folder"
+            ) from error
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def _packed_tensors(frozen: nn.Module) -> dict[str, torch.Tensor]:
@@ -112,10 +168,19 @@ def _filled(about: dict[str, Any], config: OFQConfig, tensors: dict[str, torch.T
     model, tensors = drop_latents(quantize(build(about), config)), dict(tensors)
     for name, module in model.named_modules():
         if isinstance(module, FrozenWeight):
+            _require(tensors, f"{name}.codes")
             codes = unpack_codes(tensors.pop(f"{name}.codes"), module.weight_bits, module.integers.shape[1])
             tensors[f"{name}.integers"] = codes if module.method == "lsq" else codes * 2 + 1
-    model.load_state_dict(tensors | _flags(model), strict=True, assign=True)  # each tensor in its own dtype
+    tensors |= _flags(model)
+    for name in model.state_dict():  # a quantiser would start anew without its scales
+        _require(tensors, name)
+    model.load_state_dict(tensors, strict=True, assign=True)  # each tensor in its own dtype
     return model
+
+
+def _require(tensors: dict[str, torch.Tensor], name: str) -> None:
+    if name not in tensors:
+        raise ValueError(f"{TENSORS} lacks the tensor {name!r}")
 
 
 def _check_rebuilt(

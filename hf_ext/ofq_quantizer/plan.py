@@ -45,6 +45,7 @@ def make_plan(model: nn.Module, config: OFQConfig) -> Plan:
     for name, module in planner.modules.items():
         if isinstance(module, nn.Linear | nn.Conv2d):
             planner.place_layer(name, module)
+    planner.refuse_empty()
     return planner.plan
 
 
@@ -97,9 +98,7 @@ class Planner:
         kind = type(self.model).__name__
         if any(isinstance(module, QuantWeight | QuantAttention) for module in self.modules.values()):
             raise ValueError(f"this {kind} is already quantised by OFQ; start from the model of full precision")
-        for pattern in self.config.skip_modules:
-            if not any(fnmatchcase(name, pattern) for name in self.modules):
-                raise ValueError(f"skip_modules: {pattern!r} matches no module of this {kind}")
+        self._refuse_useless_patterns()
         for name, module in self.modules.items():
             self._refuse_attention(name, module)
         if not any(type(module) in self.families for module in self.modules.values()):
@@ -110,6 +109,26 @@ class Planner:
             )
         self._refuse_varying_tokens()
 
+    def refuse_empty(self) -> None:
+        """Raise where all layers and attentions stay as they are."""
+        if not (self.plan.attentions or self.plan.low_bit or self.plan.boundary):
+            raise ValueError(
+                f"skip_modules={list(self.config.skip_modules)!r} leaves nothing to quantise of this "
+                f"{type(self.model).__name__}; take patterns out, or use the model as it is"
+            )
+
+    def _refuse_useless_patterns(self) -> None:
+        kind = type(self.model).__name__
+        for pattern in self.config.skip_modules:
+            matched = [name for name in self.modules if fnmatchcase(name, pattern)]
+            if not matched:
+                raise ValueError(f"skip_modules: {pattern!r} matches no module of this {kind}")
+            if not any(_has_layer(self.modules[name]) for name in matched if name):
+                raise ValueError(
+                    f"skip_modules: {pattern!r} matches {matched[0]!r}, and no module of this {kind} that has a linear "
+                    "layer or a convolution; name what is to stay as it is"
+                )
+
     def _refuse_attention(self, name: str, module: nn.Module) -> None:
         kind = type(module)
         reason = self.refused.get(kind)
@@ -117,6 +136,7 @@ class Planner:
             inside = any(type(child) in self.families for child in module.modules())
             reason = None if inside else "there is no adapter for it"
         if reason is not None:
+            name = name or "the model"
             raise ValueError(f"{name} is a {kind.__module__}.{kind.__qualname__}, which OFQ cannot quantise: {reason}")
 
     def _refuse_varying_tokens(self) -> None:
@@ -187,6 +207,10 @@ def _parents(name: str) -> list[str]:
     """The names of the modules that a module is in, and its own."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _has_layer(module: nn.Module) -> bool:
+    return any(isinstance(part, nn.Linear | nn.Conv2d) for part in module.modules())
 
 
 def _computes_attention(module: nn.Module) -> bool:

@@ -38,6 +38,10 @@ class Switches:
     integer: bool = False
     told: set[str] = field(default_factory=set)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy nobody masks gradients or restores weights: `ConfidenceAnnealing` is attached to the original."""
+        return vars(self) | {"boundary_range": None}
+
     def announce(self) -> None:
         """Tell people who debug a string that it is executed."""
         if not torch.compiler.is_compiling():
@@ -48,6 +52,18 @@ class Switches:
         if not torch.compiler.is_compiling() and message not in self.told:
             self.told.add(message)
             logger.warning(message)
+
+    def tell_if_plain(self, x: Tensor, *products: tuple[int, int, int]) -> None:
+        """Warn, once a model, where x is multiplied as a float.
+
+        products: the terms of a sum, and the largest integers of its two factors.
+        """
+        if ops.product_dtype(x) != torch.float32 or not all(ops.integer_sums_fit(*product) for product in products):
+            self.warn_once(
+                "this OFQ model multiplies rounded floats, not integers: it runs under autocast or in another dtype "
+                "than float32, or a sum of products of integers could exceed 2^24. Its logits may depend on the size "
+                "of the batch, and what to_int8 makes of it is close only"
+            )
 
 
 class ActivationQuantizer(nn.Module):
@@ -92,17 +108,26 @@ class ActivationQuantizer(nn.Module):
         self.bias_out = nn.Parameter(like.new_zeros(bias_out)) if bias_out else None
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool, device=like.device))
         self._ready = False
+        self._tries = 0
         self._seen: list[Tensor] = []
 
     @property
     def ready(self) -> bool:
         """Whether the scales have values: the saved flag, which the host reads only until it is set.
 
-        It may be set in place by others: an average of the weights, the broadcast with which DDP starts.
+        It may be set in place by others: an average of the weights, the broadcast with which DDP starts. A compiler
+        reads it when it traces a step that comes after a first one, for which `_tries` makes it trace anew.
         """
-        if not self._ready and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._ready or (self._tries > 0 and _read(self.initialized))
+        if not self._ready:
             self.synchronize()
         return self._ready
+
+    @property
+    def largest(self) -> int:
+        """The largest magnitude of a code."""
+        return max(map(abs, ops.code_range(self.bits, self.positive)))
 
     @property
     def scale(self) -> Tensor:
@@ -132,7 +157,14 @@ class ActivationQuantizer(nn.Module):
     def activation(self, x: Tensor) -> ops.Activation:
         """Scales and shifts as they broadcast against x, given their first values where they have none yet."""
         self._check_tokens(x)
-        scale = self.scale_norm if self.ready and not self.switches.calibrating else self._first_scale(x)
+        known = self.ready and not self.switches.calibrating
+        return self._against(x, self.scale_norm if known else self._first_scale(x))
+
+    def kept_activation(self, x: Tensor) -> ops.Activation:
+        """The same right after a training forward that gave first values; x tells shapes only."""
+        return self._against(x, self._kept_scale())
+
+    def _against(self, x: Tensor, scale: Tensor) -> ops.Activation:
         bias_in, bias_out = (None if b is None else self._along(b, x) for b in (self.bias_in, self.bias_out))
         return ops.Activation(self._view(scale, x), bias_in, bias_out, self.bits, self.positive)
 
@@ -158,7 +190,6 @@ class ActivationQuantizer(nn.Module):
                 'conversion, or convert with activation_scale="tensor"'
             )
 
-    @torch.no_grad()
     def _first_scale(self, x: Tensor) -> Tensor:
         """The scales from this batch: kept while training or calibrating, only used while evaluating."""
         training = self.training or self.switches.calibrating
@@ -168,8 +199,8 @@ class ActivationQuantizer(nn.Module):
         if self.switches.calibrating:
             self._seen.append(scale)
         elif training:
-            self._keep(_mean_over_ranks(scale))
-            return self.scale_norm
+            self._keep(mean_over_ranks(scale))
+            return self._kept_scale()
         else:
             self.switches.warn_once(
                 "this OFQ model is not calibrated: each batch is quantised with scales of its own. Call "
@@ -177,6 +208,7 @@ class ActivationQuantizer(nn.Module):
             )
         return scale
 
+    @torch.no_grad()
     def _statistics(self, x: Tensor) -> Tensor:
         x = x.detach().float()
         if self.bias_in is not None:
@@ -187,20 +219,40 @@ class ActivationQuantizer(nn.Module):
             x = x.transpose(1, 2).flatten(1, 2)
         return ops.lsq_init(x, self.bits, self.positive, self.axis)
 
+    @torch.no_grad()
     def _keep(self, scale: Tensor) -> None:
+        """Unless one is NaN or inf, on whatever rank: then the next batch starts anew. The host waits for nothing."""
+        first = scale.isfinite().all() & ~self.initialized
+        self.scale_norm.copy_(torch.where(first, scale, self.scale_norm))
+        self.initialized.logical_or_(first)
+        self._tries += 1
+
+    def _kept_scale(self) -> Tensor:
+        """The scales; NaN where none were kept, so that the loss tells of the batch.
+
+        The sum keeps nothing for backward: a checkpoint's recomputation, which finds scales, keeps as much without it.
+        """
+        return self.scale_norm + torch.where(self.initialized, 0.0, torch.nan)
+
+    @torch.no_grad()
+    def calibrated_scale(self) -> Tensor | None:
+        """The mean of the scales that the calibration saw, over its batches and the ranks; None if it did not run."""
+        return mean_over_ranks(torch.stack(self._seen).mean(0)) if self._seen else None
+
+    @torch.no_grad()
+    def take(self, scale: Tensor) -> None:
+        """Keep these scales."""
         self.scale_norm.copy_(scale)
         self.initialized.fill_(True)
         self._ready = True
 
-    @torch.no_grad()
-    def finish_calibration(self) -> None:
-        """Keep the mean of the scales that the calibration saw, over its batches and the ranks."""
-        if self._seen:
-            self._keep(_mean_over_ranks(torch.stack(self._seen).mean(0)))
-
     def forget_calibration(self) -> None:
         """Drop what the calibration saw."""
         self._seen = []
+
+    def finite(self) -> bool:
+        """Whether all scales and shifts are finite."""
+        return all(bool(parameter.isfinite().all()) for parameter in self.parameters())
 
     def reset(self) -> None:
         """Back to the state of a new quantiser."""
@@ -237,7 +289,13 @@ def restore_float32(parameter: nn.Parameter, exact: Tensor) -> None:
         parameter.data = exact.to(parameter.device)
 
 
-def _mean_over_ranks(scale: Tensor) -> Tensor:
+@torch.compiler.assume_constant_result
+def _read(flag: Tensor) -> bool:
+    return bool(flag)
+
+
+def mean_over_ranks(scale: Tensor) -> Tensor:
+    """The same on all of them."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         scale = scale.clone()
         dist.all_reduce(scale)

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.attention import QuantAttention
 from hf_ext.ofq_quantizer.convert import quantized_switches
-from hf_ext.ofq_quantizer.freezing import freeze
+from hf_ext.ofq_quantizer.freezing import integer_weights
 from hf_ext.ofq_quantizer.frozen import FrozenWeight, IntegerWeight
 from hf_ext.ofq_quantizer.layers import QuantConv2d, QuantLinear, QuantWeight
+from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
 COLUMNS = (
     "layer",
@@ -38,10 +39,11 @@ class LayerReport:
         name: of the module, or "<attention>.qk".
         kind: "linear", "conv" or "qk_product".
         status: "quantized", "skipped" (by skip_modules) or "full_precision".
-        reason: why it is not quantised, or what stands for it; None otherwise.
+        reason: why it is not quantised, what stands for it, or how many rows have NaN or inf; None otherwise.
         w_bits, a_bits: of weight and input; None where it is not quantised, or where "<attention>.qk" stands for it.
-        codes_used: how many different codes the weight has.
-        clipped_share: share of weights beyond the scale, which the quantiser clips; None once latent weights are gone.
+        codes_used: how many different codes the weight has; None where it has NaN or inf.
+        clipped_share: share of weights beyond the scale, which the quantiser clips; None once latent weights are gone,
+            or where they have NaN or inf.
         executed: whether a forward has passed through the quantised code since the conversion.
         packed_bytes, fp32_bytes: of the weight, packed and in the full-precision model; packed without its scales. A
             product stands in no full-precision model, and has 0.
@@ -62,7 +64,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class OFQReport:
-    """All layers, and the bytes of all tensors that `save_packed` would write; prints as a table."""
+    """All layers; prints as a table.
+
+    `total_bytes` is that of the tensors which `save_packed` writes. Its files have in addition a header with the
+    tensors' names and shapes, about 100 bytes each, and config.json.
+    """
 
     layers: list[LayerReport]
     total_bytes: int
@@ -96,10 +102,10 @@ def report(model: nn.Module) -> OFQReport:
     """Every linear layer and convolution of a quantised model: bits, codes, clipping, whether it ran, bytes.
 
     Raises:
-        ValueError: the model is not quantised, or a weight has NaN or inf.
+        ValueError: the model is not quantised.
     """
     quantized_switches(model)
-    weights = freeze(model)
+    weights = dict(integer_weights(model))
     layers = list(_rows(model, weights))
     return OFQReport(layers, _total_bytes(model, weights))
 
@@ -124,16 +130,16 @@ def _rows(model: nn.Module, weights: dict[str, IntegerWeight]) -> Iterator[Layer
 def _quantized(
     name: str, kind: Any, weight: IntegerWeight, a_bits: int, module: Any, clipped: float | None
 ) -> LayerReport:
-    rows, columns = weight.codes.shape
+    (rows, columns), broken = weight.codes.shape, int((~weight.scale.isfinite()).sum())
     return LayerReport(
         name,
         kind,
         "quantized",
-        None,
+        f"NaN or inf in {broken} of {rows} rows" if broken else None,
         weight.bits,
         a_bits,
-        len(weight.codes.unique()),
-        clipped,
+        None if broken else len(weight.codes.unique()),
+        None if broken else clipped,
         module.executed,
         rows * -(-columns * weight.bits // 8),
         0 if kind == "qk_product" else weight.codes.numel() * 4,
@@ -151,6 +157,7 @@ def _factor(model: nn.Module, name: str, layer: QuantLinear, weights: dict[str, 
         return LayerReport(name, "linear", "quantized", reason, None, a_bits, None, None, layer.executed, 0, bytes_)
     latent = None if layer.weight.is_meta else _clipped(layer.weight.chunk(3)[2], layer.weight_quantizer())
     row = _quantized(name, "linear", values, a_bits, layer, latent)
+    reason = reason if row.reason is None else f"{reason}; {row.reason} of the values"
     return LayerReport(**asdict(row) | {"reason": reason, "fp32_bytes": bytes_})
 
 
@@ -184,17 +191,36 @@ def _clipped_product(attention: QuantAttention) -> float | None:
 
 
 def _total_bytes(model: nn.Module, weights: dict[str, IntegerWeight]) -> int:
-    """Codes and scales of the integer weights, and every other tensor but the latent weights."""
+    """Codes and scales of the integer weights, and every other tensor that stays."""
     packed = sum(w.codes.shape[0] * (-(-w.codes.shape[1] * w.bits // 8) + 4) for w in weights.values())
-    latent = {
-        id(tensor)
-        for module in model.modules()
-        if isinstance(module, QuantWeight)
-        for tensor in (
-            *(getattr(module, name, None) for name in ("integers", "step", "weight_scale_norm")),
-            None if isinstance(module, FrozenWeight) else module.weight,
-        )
-    }
-    return packed + sum(
-        tensor.nbytes for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in latent
-    )
+    modules = list(model.modules())
+    gone = {id(tensor) for module in modules for tensor in _dropped(module)}
+    stays = [tensor for tensor in model.state_dict(keep_vars=True).values() if id(tensor) not in gone]
+    new = [tensor for module in modules if _has_factors(module) for tensor in _instead_of_factors(module)]
+    return packed + sum(tensor.nbytes for tensor in stays + new)
+
+
+def _dropped(module: nn.Module) -> list[Tensor | None]:
+    """What a packed model has in another form, or not at all."""
+    if isinstance(module, ActivationQuantizer):
+        return [module.initialized]
+    if _has_factors(module):
+        return [layer.bias for layer in (module.projections if _is_joint(module) else module.projections[:2])]
+    if isinstance(module, QuantWeight):
+        names = ("integers", "step", "weight_scale_norm") + (() if isinstance(module, FrozenWeight) else ("weight",))
+        return [getattr(module, name, None) for name in names]
+    return []
+
+
+def _instead_of_factors(attention: QuantAttention) -> list[Tensor]:
+    bias = attention.factor(2)[1] if _is_joint(attention) else None
+    return [tensor for tensor in (attention.query_bias_direction(), bias) if tensor is not None]
+
+
+def _has_factors(module: nn.Module) -> bool:
+    """QKR with its latent weights."""
+    return isinstance(module, QuantAttention) and module.reparametrized and module.qk is None
+
+
+def _is_joint(attention: QuantAttention) -> bool:
+    return len(attention.projections) == 1

@@ -9,7 +9,8 @@ from timm.layers import AttentionPoolLatent, apply_rot_embed_cat
 from timm.models import beit, cait, eva, swin_transformer, swin_transformer_v2, vision_transformer
 from torch import Tensor, nn
 
-from hf_ext.ofq_quantizer.attention import QuantAttention
+from hf_ext import compat
+from hf_ext.ofq_quantizer.attention import QuantAttention, additive, windowed
 from hf_ext.ofq_quantizer.layers import QuantLinear
 
 
@@ -36,9 +37,7 @@ class QuantSwinAttention(QuantAttention, swin_transformer.WindowAttention):
     """swin."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = self._get_rel_pos_bias()
-        if mask is not None:
-            bias = _windows(bias, mask, x)
+        bias = windowed(self._get_rel_pos_bias(), mask, x)
         if self.reparametrized:
             y = self.reparam_attend(x, self.scale, bias, self.attn_drop.p)
         else:
@@ -59,9 +58,7 @@ class QuantSwinV2Attention(QuantAttention, swin_transformer_v2.WindowAttention):
         return _joined(self)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        bias = self._position_bias()
-        if mask is not None:
-            bias = _windows(bias, mask, x)
+        bias = windowed(self._position_bias(), mask, x)
         qkv = self.project(self.qkv, x)
         q, k, v = (self.split(part) for part in qkv.chunk(3, dim=-1))
         temperature = torch.clamp(self.logit_scale, max=math.log(1.0 / 0.01)).exp()
@@ -144,7 +141,10 @@ FAMILIES: dict[type[nn.Module], type[QuantAttention]] = {
 REFUSED: dict[type[nn.Module], str] = {
     cait.TalkingHeadAttn: "it mixes the heads before and after the softmax, so that its probabilities have either sign",
     cait.ClassAttn: "its single query reads the class token alone, beside talking heads",
-}
+} | dict.fromkeys(
+    compat.timm_classes("naflexvit", "NaFlexVit"),
+    "its number of tokens varies from image to image, and it adds to outputs of its layers in place",
+)
 
 # Modules whose layers stay as they are.
 LEFT_ALONE: dict[type[nn.Module], str] = {AttentionPoolLatent: "pooling head"}
@@ -157,15 +157,6 @@ def _joined(attention: Any) -> Tensor | None:
     return torch.cat((attention.q_bias, attention.k_bias, attention.v_bias))
 
 
-def _windows(bias: Tensor, mask: Tensor, x: Tensor) -> Tensor:
-    """bias (1, heads, n, n) + mask (windows, n, n) -> (batch * windows, heads, n, n)."""
-    return (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-
-
 def _additive(mask: Tensor | None, is_causal: bool, x: Tensor) -> Tensor | None:
     """A mask as scaled_dot_product_attention takes it, as a term of the logits."""
-    if is_causal:
-        return x.new_full((x.shape[1], x.shape[1]), -torch.inf).triu_(1)
-    if mask is None or mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
+    return x.new_full((x.shape[1], x.shape[1]), -torch.inf).triu_(1) if is_causal else additive(mask, x)

@@ -54,6 +54,11 @@ def _create(
 ) -> nn.Module:
     from hf_ext.ofq_quantizer.convert import quantize  # here, for every import of timm imports this module
 
+    if not isinstance(ofq, dict | None):
+        raise TypeError(
+            f"ofq takes a dict of further fields of OFQConfig, such as {{'activation_scale': 'tensor'}}, not {ofq!r}; "
+            "hf_ext.ofq_quantizer.quantize takes an OFQConfig"
+        )
     config = _config(recipe, fixed, ofq or {})
     saved = pretrained_cfg if isinstance(pretrained_cfg, dict) else None
     base = saved.get("tag") if saved else pretrained_cfg
