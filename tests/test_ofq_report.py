@@ -10,7 +10,16 @@ from ofq_deployed import quantized
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_ext.ofq_quantizer import OFQConfig, calibrate, load_packed, quantize, report, save_packed
+from hf_ext.ofq_quantizer import (
+    OFQConfig,
+    calibrate,
+    full_precision,
+    load_packed,
+    quantize,
+    report,
+    save_packed,
+    to_int8,
+)
 
 SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
 
@@ -29,6 +38,36 @@ def test_every_layer_of_the_full_precision_model_has_one_row(reparam):
     products = {f"blocks.{block}.attn.qk" for block in range(2)} if reparam else set()
     assert len(names) == len(set(names))
     assert set(names) == layers | products
+
+
+@pytest.mark.parametrize("reparam", [False, True], ids=["plain", "qkr"])
+def test_packed_and_integer_models_have_the_rows_of_the_model_they_were_made_of(reparam, tmp_path):
+    model, _ = converted(qk_reparam=reparam)
+    calibrate(model, [torch.randn(2, 3, 32, 32)])
+    save_packed(model, tmp_path / "packed")
+    rows = {row.name: row for row in report(model).layers}
+    for frozen in (load_packed(tmp_path / "packed"), to_int8(model)):
+        found = report(frozen).layers
+        assert [row.name for row in found].count("blocks.0.attn.qk") == reparam
+        assert {row.name for row in found} == set(rows)
+        for row in found:
+            mine = rows[row.name]
+            assert (row.w_bits, row.reason, row.packed_bytes) == (mine.w_bits, mine.reason, mine.packed_bytes), row.name
+            assert (row.fp32_bytes, row.codes_used) == (mine.fp32_bytes, mine.codes_used), row.name
+
+
+def test_a_forward_in_full_precision_executes_nothing():
+    for model, _ in (converted(), converted(qk_reparam=True)):
+        with full_precision(model):
+            model(torch.randn(2, 3, 32, 32))
+        assert not any(row.executed for row in report(model).layers)
+
+
+def test_a_convolution_of_single_pixels_is_no_patch_embedding():
+    model = quantize(timm.create_model("mobilevit_xxs", num_classes=10), OFQConfig(activation_scale="tensor"))
+    rows = [row for row in report(model).layers if row.kind == "conv"]
+    assert rows
+    assert all("single pixels" in row.reason for row in rows)
 
 
 def test_executed_turns_true_with_the_first_forward_and_not_before():

@@ -140,7 +140,7 @@ class QuantAttention(nn.Module):
         if u is not None:
             logit_bias = u * scaling if logit_bias is None else logit_bias + u * scaling
         for layer in self.projections:
-            layer.executed = True
+            layer.ran()
         return self._attend(
             x.unsqueeze(1), t, v, self.input_quantizer, self.qkx_quantizer, scaling, logit_bias, dropout
         )
@@ -204,7 +204,8 @@ class QuantAttention(nn.Module):
         logit_bias: Tensor | None,
         dropout: float,
     ) -> Tensor:
-        self.executed = True
+        if self.switches.rounding:
+            self.executed = True
         self.switches.announce()
         quantizers = (left, right, self.v_quantizer, self.probs_quantizer)
         dropout = dropout if self.training else 0.0

@@ -66,6 +66,11 @@ class QuantWeight(nn.Module):
         new = first.isfinite() & ~self.input_quantizer.initialized
         self.weight_scale_norm.copy_(torch.where(new, first, self.weight_scale_norm))
 
+    def ran(self) -> None:
+        """Note that a forward passes through the quantised code; inside `full_precision` none does."""
+        if self.switches.rounding:
+            self.executed = True
+
     def weight_quantizer(self) -> ops.WeightQuantizer:
         """The weight's quantiser, as the operations take it."""
         return ops.WeightQuantizer(
@@ -122,7 +127,7 @@ class QuantLinear(QuantWeight, nn.Linear):
 
     def product(self, x: Tensor, quantizer: ActivationQuantizer, bias: Tensor | None) -> Tensor:
         """The same with a quantiser and a bias of the caller's."""
-        self.executed = True
+        self.ran()
         tokens = x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
         y = linear(tokens, self.weight, bias, quantizer, self.weight_quantizer())
         return y.view(*x.shape[:-1], self.out_features)
@@ -137,7 +142,7 @@ class QuantConv2d(QuantWeight, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, in_channels, height, width) -> (batch, out_channels, height / patch, width / patch)."""
-        self.executed = True
+        self.ran()
         self.renew_weight_scale()
         (tall, wide), (rows, columns) = self.kernel_size, (x.shape[2] // self.stride[0], x.shape[3] // self.stride[1])
         x = x[:, :, : rows * tall, : columns * wide].unflatten(3, (columns, wide)).unflatten(2, (rows, tall))

@@ -198,7 +198,10 @@ class Planner:
         if name not in self.seen.shapes:
             return FULL_PRECISION, "not called in the forward pass of one image"
         if isinstance(module, nn.Conv2d) and not _is_patch_embedding(module):
-            return FULL_PRECISION, "a convolution with overlap, padding or groups is no patch embedding"
+            return (
+                FULL_PRECISION,
+                "a convolution of single pixels, or with overlap, padding or groups, is no patch embedding",
+            )
         boundary = isinstance(module, nn.Conv2d) or any(module is head for head in self.heads)
         return (FULL_PRECISION, "boundary_bits=None") if boundary and self.config.boundary_bits is None else None
 
@@ -222,7 +225,7 @@ def _computes_attention(module: nn.Module) -> bool:
 
 def _is_patch_embedding(conv: nn.Conv2d) -> bool:
     return (
-        conv.kernel_size == conv.stride
+        conv.kernel_size == conv.stride != (1, 1)
         and conv.padding in ((0, 0), "valid")
         and conv.groups == 1
         and conv.dilation == (1, 1)

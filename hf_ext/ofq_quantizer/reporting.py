@@ -1,7 +1,7 @@
 """What of a model was quantised, and what was not and why."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -117,6 +117,8 @@ def _rows(model: nn.Module, weights: dict[str, IntegerWeight]) -> Iterator[Layer
             yield _quantized(
                 f"{name}.qk", "qk_product", weights[f"{name}.qk"], a_bits, module, _clipped_product(module)
             )
+        elif isinstance(module, FrozenWeight) and f"{name.rpartition('.')[0]}.qk" in weights and name in weights:
+            yield from _frozen_part(model, name, module, weights)
         elif isinstance(module, QuantWeight) and getattr(module, "reparametrized", False):
             yield _factor(model, name, module, weights)
         elif isinstance(module, QuantWeight) and name in weights:
@@ -159,6 +161,20 @@ def _factor(model: nn.Module, name: str, layer: QuantLinear, weights: dict[str, 
     row = _quantized(name, "linear", values, a_bits, layer, latent)
     reason = reason if row.reason is None else f"{reason}; {row.reason} of the values"
     return LayerReport(**asdict(row) | {"reason": reason, "fp32_bytes": bytes_})
+
+
+def _frozen_part(
+    model: nn.Module, name: str, layer: FrozenWeight, weights: dict[str, IntegerWeight]
+) -> Iterator[LayerReport]:
+    """What became of the projections of an attention under QKR, once nothing but integers is kept."""
+    attention, _, part = name.rpartition(".")
+    if part == "qk":  # has its row as the product
+        return
+    row = _quantized(name, "linear", weights[name], _input_bits(model, name, layer), layer, None)
+    if part == "v":  # the third of a layer that made all three
+        whole = {"name": f"{attention}.qkv", "fp32_bytes": 3 * row.fp32_bytes}
+        row = replace(row, reason=f"queries and keys as {attention}.qk", **whole)
+    yield row
 
 
 def _left(name: str, module: nn.Module) -> LayerReport:
