@@ -100,28 +100,29 @@ def few_are_in(f, source, columns, lane):
 
 
 @compiled
-def fill(p, u, start, lane, items, utilities, weights):
-    """Probabilities and utilities of a piece of a list into its lane. Unsigned: no index counts from the end."""
-    p, u, step = p[start:].reshape(-1), u[start:].reshape(-1), np.uint64(p.shape[1])
-    at = np.uint64(lane)
-    for i in range(len(items)):
-        p[at] = weights[np.uint32(items[i])]
-        u[at] = utilities[i]
-        at += step
+def fill(p, u, start, lane, begin, stop, items, utilities, weights):
+    """Probabilities and utilities of slots begin..stop into a lane, from row `start` on.
+
+    Indices are unsigned here and below: numba asks of all others whether they count from the end.
+    """
+    lane = np.uint64(lane)
+    for i in range(stop - begin):
+        slot, row = np.uint64(begin + i), np.uint64(start + i)
+        p[row, lane] = weights[np.uint64(items[slot])]
+        u[row, lane] = utilities[slot]
 
 
 @compiled
-def spread(sums, items, g, lane, scale, shared):
+def spread(sums, items, begin, count, g, lane, scale, shared):
     """Adds a lane's gradients to the sums of its items, as integers."""
-    g, step = g.reshape(-1), np.uint64(g.shape[1])
-    at = np.uint64(lane)
-    for i in range(len(items)):
-        amount = np.int64(np.rint(np.float64(g[at]) * scale))
+    lane = np.uint64(lane)
+    for i in range(count):
+        item = np.uint64(items[np.uint64(begin + i)])
+        amount = np.int64(np.rint(np.float64(g[np.uint64(i), lane]) * scale))
         if shared:
-            add_atomically(sums, np.intp(items[i]), amount)
+            add_atomically(sums, np.intp(item), amount)
         else:
-            sums[np.uint32(items[i])] += amount
-        at += step
+            sums[item] += amount
 
 
 @compiled
@@ -156,7 +157,7 @@ def block(order, first, offsets, items, utilities, weights, k, tail, tiny, depth
             row = order[first + lane]
             begin, stop = offsets[row] + start, min(offsets[row] + start + CHUNK, offsets[row + 1])
             if depths[lane] < 0 and begin < stop:
-                fill(p, u, start, lane, items[begin:stop], utilities[begin:stop], weights)
+                fill(p, u, start, lane, begin, stop, items, utilities, weights)
         copy_rows(starts, chunks * columns, f, 0, columns)
         count = min(CHUNK, longest - start)
         run_chunk(f, p, start, count, columns)
@@ -210,7 +211,7 @@ def sum_of_gradients(order, offsets, items, utilities, weights, k, tail, tiny, s
         largest = max(largest, cut)
         for lane in range(min(g.shape[1], len(order) - first)):
             begin = offsets[order[first + lane]]
-            spread(sums, items[begin : begin + depths[lane]], g, lane, gradient_scale, shared)
+            spread(sums, items, begin, depths[lane], g, lane, gradient_scale, shared)
             value += np.int64(np.rint(np.float64(V[0, lane]) * value_scale))
     return value, largest
 
