@@ -208,8 +208,8 @@ def test_no_module_is_called_utils():
     assert not [name for name in FILES if {"utils", "helpers", "misc", "common"} & set(Path(name).parts)]
 
 
-@pytest.mark.parametrize("name", files("demo/train.*"))
-def test_training_script_of_the_demo_never_imports_us(name):
+@pytest.mark.parametrize("name", files("demo/train.*", "demo/answer.py"))
+def test_script_of_the_demo_never_imports_us(name):
     assert "hf_ext" not in tops(imports(name))
     assert "import_module" not in " ".join(calls(name))
 

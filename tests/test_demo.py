@@ -11,17 +11,19 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 
 from hf_ext.bone_adapter import convert_to_miss
 from hf_ext.bone_adapter.layer import BoneLayer, BoneLinear
-from hf_ext.demo import bone, ofq, report, text
+from hf_ext.demo import bone, importance, ofq, report, text
 from hf_ext.ofq_quantizer import IntegerWeight, load_packed
 
 
@@ -92,8 +94,9 @@ def test_the_picture_is_wide_enough_for_a_readme(quick):
     [
         ("anchor", "--attn_implementation anchor", "hf_ext: using anchor (engine=sdpa"),
         ("bone", "--adapter adapters/bone", "hf_ext: using BONE (forms=tile"),
+        ("learned", "group_update=sum", "hf_ext: using importance_weights (k=10, method=multilinear"),
     ],
-    ids=["anchor", "bone"],
+    ids=["anchor", "bone", "importance"],
 )
 def test_the_printed_commands_can_be_typed_again(quick, tmp_path, name, flag, proof):
     done, out = quick
@@ -105,8 +108,9 @@ def test_the_printed_commands_can_be_typed_again(quick, tmp_path, name, flag, pr
     assert typed.returncode == 0, typed.stderr
     assert proof in typed.stderr
     folders = (out / "runs" / name, tmp_path / "again")
-    first, second = (json.loads((folder / "results.json").read_text())["losses"] for folder in folders)
-    assert first == second  # deterministic by seed
+    first, second = (json.loads((folder / "results.json").read_text()) for folder in folders)
+    measured = "losses" if "losses" in first else "accuracy"
+    assert first[measured] == second[measured]  # deterministic by seed
 
 
 def test_the_script_needs_autoload(quick, tmp_path):
@@ -274,6 +278,87 @@ def test_the_check_of_ofq_fails_if_it(quick, tmp_path, monkeypatch, fault, said)
     outcome = ofq.judge(tmp_path)
     assert not outcome.passed
     assert re.search(said, outcome.check)
+
+
+def weighs_otherwise(out: Path) -> None:
+    """What was saved is not what pruned the documents."""
+    for file in ("config.json", "importance.safetensors", "keys.arrow", "history.json"):
+        shutil.copy(out / "runs" / "mean" / file, out / "runs" / "learned" / file)
+
+
+def prunes_too_much(out: Path) -> None:
+    _keep(out, lambda number: number == 0)
+
+
+def prunes_too_little(out: Path) -> None:
+    planted = json.loads((out / "planted.json").read_text())
+    _keep(out, lambda number: f"source {number:02}" not in planted[2:])
+
+
+def _keep(out: Path, kept: Callable[[int], bool]) -> None:
+    rows = load_from_disk(str(out / "documents"))["corpus"]
+    shutil.rmtree(out / "runs" / "learned" / "corpus")
+    rows.filter(lambda row: kept(int(row["source"].split()[1]))).save_to_disk(out / "runs" / "learned" / "corpus")
+
+
+def answers_no_better(out: Path) -> None:
+    shutil.copy(out / "runs" / "all" / "results.json", out / "runs" / "learned" / "results.json")
+
+
+IMPORTANCE_FAULTS = {
+    weighs_otherwise: "precision 100% and recall 100%.* read back, the weights keep other documents",
+    prunes_too_much: "precision 41% and recall 100%",
+    prunes_too_little: "precision 100% and recall 88%",
+    answers_no_better: "precision 100% and recall 100%.* keep the same documents",
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"), IMPORTANCE_FAULTS.items(), ids=[fault.__name__ for fault in IMPORTANCE_FAULTS]
+)
+def test_the_check_of_importance_fails_if_it(quick, tmp_path, fault, said):
+    _, out = quick
+    for folder in ("runs", "documents"):
+        shutil.copytree(out / folder, tmp_path / folder)
+    shutil.copy(out / "planted.json", tmp_path)
+    assert importance.judge(tmp_path).passed
+    fault(tmp_path)
+    outcome = importance.judge(tmp_path)
+    assert not outcome.passed
+    assert re.search(said, outcome.check)
+
+
+def test_the_accuracies_are_those_of_votes_by_hand(quick):
+    """Retrieval, vote and pruning once more, from the folders alone."""
+    _, out = quick
+    data = load_from_disk(str(out / "documents")).with_format("numpy")
+    questions, wanted = data["test"]["embedding"][:], data["test"]["answer"][:]
+    for name in importance.RUNS:
+        kept = load_from_disk(str(out / "runs" / name / "corpus")) if name != "all" else data["corpus"]
+        rows = kept.with_format("numpy")[:]
+        right = 0
+        for question, answer in zip(questions.astype(float), wanted, strict=True):
+            scores = rows["embedding"].astype(float) @ question
+            nearest = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:10]
+            right += Counter(rows["answer"][nearest].tolist()).most_common(1)[0][0] == answer
+        results = json.loads((out / "runs" / name / "results.json").read_text())
+        assert results == {"accuracy": pytest.approx(right / len(wanted)), "documents": len(kept)}
+
+
+def test_planted_sources_and_no_others_lie(quick):
+    """Each document with its picture's true label, found again among the digits."""
+    _, out = quick
+    labels = [label for split in ("train", "test") for label in load_from_disk(str(out / "digits"))[split]["labels"]]
+    corpus = load_from_disk(str(out / "documents"))["corpus"]
+    planted = json.loads((out / "planted.json").read_text())
+    wrong = {source: [] for source in corpus["source"]}
+    for source, answer, label in zip(corpus["source"], corpus["answer"], labels, strict=False):
+        assert answer in (label, (label + 1) % 10)
+        wrong[source].append(answer != label)
+    assert sorted(source for source, lies in wrong.items() if any(lies)) == planted
+    assert len(planted) == 16
+    assert len(wrong) == 40
+    assert 0.75 < sum(sum(wrong[source]) for source in planted) / sum(len(wrong[source]) for source in planted) < 0.85
 
 
 def test_every_panel_has_its_baseline_in_grey(quick):

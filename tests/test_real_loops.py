@@ -1,4 +1,6 @@
-"""Whole training loops of other people, with nothing of ours in them but the string, the rows or the collator."""
+"""Whole training loops of other people, with nothing of ours in them but the string, the rows, the collator or the
+sampler.
+"""
 
 import copy
 import json
@@ -14,6 +16,8 @@ from accelerate import Accelerator
 from anchor_models import ANCHOR, additive, build, config_of
 from anchor_oracle import assert_equal, visible_segments
 from datasets import Dataset
+from importance_corpora import corpus, fitted, validation
+from processes import run
 from sixty_words import TEXTS, WORDS
 from torch.utils.data import DataLoader
 from transformers import (
@@ -246,3 +250,51 @@ def test_liger_kernels_leave_attention_alone():
             liger._apply_liger_kernel_to_instance(model)
         losses.append(model(**batch).loss)
     assert_equal(losses[1], losses[0], 2e-2)
+
+
+# ---------------------------------------------------------------- two processes that weigh a corpus
+
+
+WEIGHING = """
+import json
+from accelerate import Accelerator
+from datasets import load_from_disk
+from torch.utils.data import DataLoader
+from hf_ext import ImportanceWeights
+
+accelerator = Accelerator(cpu=True)
+weights = ImportanceWeights(k=3, epochs=5).fit(load_from_disk("validation"), accelerator)
+with accelerator.main_process_first():
+    corpus = load_from_disk("corpus").map(weights, batched=True)
+rows = corpus.select_columns(["number", "importance"]).with_format("torch")
+loader = accelerator.prepare(DataLoader(rows, batch_size=4, sampler=weights.sampler(corpus, seed=7)))
+drawn = [[batch["number"].tolist() for batch in loader] for _ in range(2)]
+assert min(batch["importance"].min() for batch in loader) > 0
+found = [accelerator.num_processes, weights.to_dict(), corpus["importance"][:], drawn]
+with open(f"rank{accelerator.process_index}.json", "w") as file:
+    json.dump(found, file)
+"""
+
+
+def test_two_processes_weigh_a_corpus_and_draw_from_it(tmp_path):
+    """The weights of one process, bit for bit, and its draws, every batch in one of the two."""
+    Dataset.from_dict(validation()).save_to_disk(tmp_path / "validation")
+    corpus().save_to_disk(tmp_path / "corpus")
+    (tmp_path / "script.py").write_text(WEIGHING)
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    done = run(*launch, "script.py", env={"HF_EXT_DEBUG": "1"}, cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("hf_ext: using importance_weights (k=3, method=multilinear") == 2
+
+    alone = fitted(Dataset.from_dict(validation()))
+    weighed = corpus().map(alone, batched=True)
+    sampler = alone.sampler(weighed, seed=7)
+    rows = [list(sampler) for _ in range(2)]
+    batches = [[epoch[at : at + 4] for at in range(0, len(epoch), 4)] for epoch in rows]
+    assert rows[0] != rows[1]
+    for rank in range(2):
+        processes, weights, column, drawn = json.loads((tmp_path / f"rank{rank}.json").read_text())
+        assert processes == 2
+        assert weights == alone.to_dict()
+        assert column == weighed["importance"][:]
+        assert drawn == [epoch[rank::2] for epoch in batches]

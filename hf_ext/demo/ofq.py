@@ -102,7 +102,7 @@ def panel(axes: Any, outcome: Outcome) -> None:
         axes.plot(range(1, len(accuracies) + 1), accuracies, color=colour, label=f"{label}, {size}")
     untrained = 100 * numbers["accuracy_untrained"]
     axes.axhline(untrained, color="0.6", linestyle=":", label="rounded to 2 bits without training")
-    axes.set_title(f"OFQ: {TEST_IMAGES} digits, 2-bit weights and activations from a trained model")
+    axes.set_title(f"OFQ: {TEST_IMAGES} digits, 2-bit weights and activations")
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
     axes.legend()

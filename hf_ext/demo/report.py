@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from hf_ext import doctor
 
-METHODS = ("anchor", "bone", "ofq")  # in this order: bone goes on from the text, tokenizer and model that anchor writes
+# In this order: bone goes on from the text, tokenizer and model that anchor writes, importance from ofq's digits.
+METHODS = ("anchor", "bone", "ofq", "importance")
 
 # One thread a process and two processes at a time: tiny models only lose by sharing their cores.
 AT_ONCE = 2
@@ -39,6 +40,7 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 FILES = (
     *("train.py", "tokenizer", "packed", "model", "docstrings", "modules", "adapters"),
     *("train_images.py", "digits", "packed_ofq"),
+    *("answer.py", "documents", "planted.json"),
     *("runs", "results.json", "demo.png"),
 )
 
@@ -230,6 +232,7 @@ def _draw(methods: list[ModuleType], outcomes: list[Outcome], path: Path, consol
     )
     for method, outcome, one in zip(methods, outcomes, axes.flat, strict=False):
         method.panel(one, outcome)
+        one.title.set_fontsize("medium")  # three beside each other would run into one another
     for unused in axes.flat[len(methods) :]:
         unused.set_axis_off()
     figure.savefig(path)
