@@ -167,10 +167,10 @@ def picture(out: Path, name: str, rows: list[Row], draw: Callable[[list[Row], An
     pyplot.close(figure)
 
 
-def peak_memory(field: str = "VmHWM") -> float:
+def peak_memory() -> float:
     """Highest resident size of this process so far, in MiB (Linux; getrusage would count the parent's as well)."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field)) / 1024
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:

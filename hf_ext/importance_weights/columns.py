@@ -35,7 +35,7 @@ def tables(dataset: Any, columns: Sequence[str], rank: int = 0, world: int = 1) 
     else:
         table = _table(dataset, columns)
         first, last = share(table.num_rows, rank, world)
-        pieces = iter([table.slice(first, last - first)])
+        pieces = (table.slice(at, min(ROWS_AT_ONCE, last - at)) for at in range(first, last, ROWS_AT_ONCE))
     for piece in pieces:
         yield first, piece.select(list(columns))
         first += piece.num_rows
@@ -121,9 +121,7 @@ class ListColumn:
         Raises:
             ValueError: not lists, or a null list or a null in one, with its row.
         """
-        array = column.combine_chunks()
-        if isinstance(array, pa.ChunkedArray):
-            array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], column.type)
+        array = joined(column)
         kind = array.type
         if pa.types.is_null(kind) and not len(array):
             array = pa.array([], pa.list_(pa.null()))
@@ -183,12 +181,20 @@ class ListColumn:
         return numbers
 
     def identifiers(self) -> pa.Array:
-        """The values as int64 or large_string.
+        """The values, integers in the width in which they are, or large_string.
 
         Raises:
-            ValueError: neither integers nor strings.
+            ValueError: neither integers nor strings, or an integer beyond int64.
         """
-        return identifiers(self.name, self.values)
+        wide = identifiers(self.name, self.values)
+        return self.values if pa.types.is_integer(self.values.type) else wide
+
+
+def joined(column: pa.ChunkedArray) -> pa.Array:
+    """One array; a single chunk is not copied, which combine_chunks does."""
+    if column.num_chunks == 1:
+        return column.chunk(0)
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
 def is_list(kind: pa.DataType) -> bool:
@@ -203,7 +209,7 @@ def identifiers(name: str, values: pa.Array | pa.ChunkedArray) -> pa.Array:
         ValueError: neither integers nor strings, or an integer beyond int64.
     """
     if isinstance(values, pa.ChunkedArray):
-        values = pa.concat_arrays(values.chunks) if values.num_chunks else pa.array([], values.type)
+        values = joined(values)
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind = values.type

@@ -78,15 +78,16 @@ def read_lists(dataset: Any, config: ImportanceConfig, groups: Any = None, rank:
 def encode(name: str, pieces: Sequence[pa.Array]) -> tuple[pa.Array, np.ndarray]:
     """(sorted distinct values, index of each value in them as int32)."""
     pieces = [piece for piece in pieces if not pa.types.is_null(piece.type)]
-    kinds = {str(piece.type) for piece in pieces}
+    kinds = {"int64" if pa.types.is_integer(piece.type) else str(piece.type) for piece in pieces}
     if len(kinds) > 1:
         raise ValueError(f"column {name!r} holds {' here and '.join(sorted(kinds))} there; one kind is expected")
     if not pieces:
         return pa.array([], pa.int64()), np.empty(0, np.int32)
-    if pa.types.is_integer(pieces[0].type):
+    if kinds == {"int64"}:
         dense = _encode_dense([piece.to_numpy() for piece in pieces])
         if dense is not None:
             return dense
+        pieces = [piece.cast(pa.int64()) for piece in pieces]
     encoded = pa.chunked_array(pieces).dictionary_encode()
     if not encoded.num_chunks:
         return pieces[0].slice(0, 0), np.empty(0, np.int32)
@@ -113,12 +114,12 @@ def _encode_dense(pieces: Sequence[np.ndarray]) -> tuple[pa.Array, np.ndarray] |
         return None
     present = np.zeros(high - low + 1, bool)
     for piece in pieces:
-        present[piece - low] = True
+        present[piece.astype(np.int64) - low] = True
     place = np.cumsum(present, dtype=np.int32) - np.int32(1)
     codes = np.empty(count, np.int32)
     at = 0
     for piece in pieces:
-        np.take(place, piece - low, out=codes[at : at + len(piece)])
+        np.take(place, piece.astype(np.int64) - low, out=codes[at : at + len(piece)])
         at += len(piece)
     return pa.array(np.flatnonzero(present) + low), codes
 
