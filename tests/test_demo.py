@@ -424,13 +424,13 @@ def test_an_interrupt_ends_the_trainings(tmp_path):
         import os, pathlib, signal, threading
         from hf_ext.demo import report
         threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
-        run = report.Run("endless", ["-c", "import time; time.sleep(60)"], steps=1)
+        run = report.Run("endless", ["-c", "import time; time.sleep(900)"], steps=1)
         report._run_all([run], pathlib.Path({str(tmp_path)!r}))
         """
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=600)
     assert "KeyboardInterrupt" in done.stderr
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 500
 
 
 def test_readme_packs_what_the_script_trains_on(quick, tmp_path, monkeypatch):
