@@ -335,3 +335,47 @@ def printed(rank: int) -> str:
 
 def test_only_the_first_process_shows_progress(both):
     assert both(printed)[1] == ""
+
+
+# ---------------------------------------------------------------- processes that disagree
+
+
+def fit_with_other_options(
+    rank: int, options: list[dict[str, Any]], arguments: list[dict[str, Any]]
+) -> tuple[str, str]:
+    """As `complaint`, with options and arguments of fit of each process's own."""
+    rows = as_dataset(all_rows())
+    weights = ImportanceWeights(**{"k": 4, "epochs": 2} | options[rank])
+    try:
+        patiently(lambda: weights.fit(rows, progress=False, **arguments[rank]))
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "nothing", fingerprint(weights)["weights"]
+
+
+@pytest.mark.parametrize("other", [{"k": 5}, {"epochs": 3}, {"method": "mean"}], ids=str)
+def test_options_that_differ_are_refused_in_both(both, other):
+    answers = both(fit_with_other_options, [{}, other], [{}, {}])
+    assert {kind for kind, _ in answers} == {"ValueError"}
+    assert all("differ between processes" in text for _, text in answers)
+
+
+@pytest.mark.parametrize("argument", [{"num_threads": 0}, {"checkpoint_every": 0}], ids=str)
+@pytest.mark.parametrize("rank", range(RANKS))
+def test_a_wrong_argument_of_one_process_hangs_none(both, rank, argument):
+    arguments = [argument if rank == i else {} for i in range(RANKS)]
+    kinds = {kind for kind, _ in both(fit_with_other_options, [{}, {}], arguments)}
+    assert len(kinds) == 1, "both fit, where the first process decides alone, or both raise"
+    assert kinds == {"ValueError"} or (rank, list(argument)) == (1, ["checkpoint_every"])
+
+
+def test_checkpoints_are_the_business_of_the_first_process(both, tmp_path):
+    """The others may lack the folder: it may be on a disk of the first one's own."""
+    whole = both(fit_with_other_options, [{}, {}], [{}, {}])
+    first, other = {"checkpoint_dir": str(tmp_path / "run")}, {"checkpoint_dir": str(tmp_path / "nowhere")}
+    assert both(fit_with_other_options, [{"epochs": 1}] * 2, [first, {}])[0][0] == "nothing"
+    assert both(fit_with_other_options, [{}, {}], [first | {"resume_from_checkpoint": True}, other]) == whole
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "file").write_text("")
+    answers = both(fit_with_other_options, [{}, {}], [{"checkpoint_dir": str(tmp_path / "file/run")}, {}])
+    assert {kind for kind, _ in answers} <= {"NotADirectoryError", "OSError", "FileExistsError"}

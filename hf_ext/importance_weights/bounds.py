@@ -34,8 +34,9 @@ class Sample:
     @property
     def size(self) -> int:
         B, e, N = self.bound, self.error, self.tuples
-        if B / e > 1e100:  # all of them, and beyond floats to say how many more
-            return N
+        ratio = B / e
+        if ratio < 1e-100 or ratio > 1e100:  # all or one, and beyond floats to say how clearly
+            return N if ratio > 1 else 1
         L = math.log(2 * self.items * self.epochs / self.delta)
         Q = 2 * B**2 * L / e**2
         hoeffding = Q * (N + 1) / (N + Q)

@@ -52,8 +52,8 @@ def _smoothed_means(problem: Problem) -> Fit:
 def _values_of_the_game(problem: Problem) -> Fit:
     """Shapley, Banzhaf and leave-one-out values of items, or of groups as players, averaged over the lists."""
     method, grouped = problem.config.method, problem.lists.groups is not None
-    # A group can displace as much as a whole list is worth, an item only one place.
-    scales = problem.scales(problem.counts, problem.spread if grouped else problem.spread / problem.config.k)
+    bound = problem.largest_group_gradient if grouped else problem.spread / problem.config.k
+    scales = problem.scales(problem.counts, bound)
     if method == "shapley":
         if grouped:
             sums, value, _ = problem.by_key.group_gradients(problem.counts, scales, shapley=True)

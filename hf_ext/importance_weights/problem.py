@@ -26,8 +26,9 @@ class Problem:
     """What a fit needs to know.
 
     keys, counts: what is weighed, sorted, and how many slots each has. tuples, slots: of all ranks. spread: R, the
-    range of the utilities with 0; all sums are of utilities divided by `factor`, and so is it. first: global number of
-    this rank's row 0. Item sums are over items of a list, key sums over keys; they are one where nothing is grouped.
+    range of the utilities with 0; all sums are of utilities divided by `factor`, and so is it. longest: of all lists.
+    first: global number of this rank's row 0. Item sums are over items of a list, key sums over keys; they are one
+    where nothing is grouped.
     """
 
     config: ImportanceConfig
@@ -38,10 +39,16 @@ class Problem:
     first: int
     spread: float
     factor: float
+    longest: int
     counts: np.ndarray
     item_counts: np.ndarray
     by_item: Any
     by_key: Any
+
+    @property
+    def largest_group_gradient(self) -> float:
+        """A group can displace as much as a whole list is worth, an item only one place."""
+        return self.spread * min(1.0, self.longest / self.config.k)
 
     @property
     def keys(self) -> pa.Array:
@@ -104,6 +111,7 @@ def prepare(
     spread, utilities, factor = _in_reach(utility_range(np.array([extremes[0], -extremes[1]])), lists.utilities)
     if not math.isfinite(spread) or not math.isfinite(spread * slots):
         raise ValueError(f"utilities from {-extremes[1]} to {extremes[0]}: their sums are beyond float64; scale them")
+    longest = int(ranks.largest(np.array([np.diff(lists.offsets).max(initial=0)]))[0])
     item_counts = ranks.add(np.bincount(lists.items, minlength=len(lists.item_keys)))
     threads = threads or torch.get_num_threads()
     dtype = np.dtype(config.dtype)
@@ -126,7 +134,9 @@ def prepare(
             "-1 is one of the retrieved ids and is weighed as an item; some retrievers pad with it: leave it out then",
             stacklevel=3,
         )
-    return Problem(config, ranks, lists, tuples, slots, first, spread, factor, counts, item_counts, by_item, by_key)
+    return Problem(
+        config, ranks, lists, tuples, slots, first, spread, factor, longest, counts, item_counts, by_item, by_key
+    )
 
 
 def _in_reach(spread: float, utilities: np.ndarray) -> tuple[float, np.ndarray, float]:

@@ -122,7 +122,7 @@ class ExactUpdate(SumUpdate):
     """A group is in or out as a whole, and steps by the gradient of that game."""
 
     def largest_gradient(self) -> float:
-        return self.problem.spread
+        return self.problem.largest_group_gradient
 
     def engine(self, weights: np.ndarray, scales: tuple[float, float], **options: Any) -> Any:
         return self.sums.group_gradients(weights, scales, **options)
