@@ -27,6 +27,7 @@ WHEEL = "ragbooster 0.1.1"
 SHAPES = {(50, 10): 2000, (100, 20): 2000, (500, 50): 320}  # (M, K): tuples
 TARGETS = {"float64": 12.0, "float32": 25.0}  # at M=100, K=20
 ITEMS = 1000
+NOISE = "the difference is below the noise of this machine"
 Run = Callable[[int], object]
 
 
@@ -114,7 +115,7 @@ def epochs_of(rivals: dict[str, tuple[Run, int]], repeats: int) -> dict[str, flo
 def _row(what: str, name: str, mine: float | None, peer: float | None, **rest: Any) -> Row:
     at_least, at_most = rest.pop("at_least", None), rest.pop("at_most", None)
     if mine is None or peer is None:
-        return Row(what, name, skipped="the difference is below the noise of this machine", **rest)
+        return Row(what, name, skipped=NOISE, **rest)
     ratio, target, met = peer / mine, None, None
     if at_least is not None:
         target, met = f">= {at_least:g} x", ratio >= at_least
@@ -128,6 +129,8 @@ def _row(what: str, name: str, mine: float | None, peer: float | None, **rest: A
 
 def _against_the_wheel(shrink: int, repeats: int) -> Iterator[Row]:
     module = wheel()
+    if module is None:
+        yield Row("the authors' package", WHEEL, skipped="not installed: `pip install --no-deps ragbooster==0.1.1`")
     for (length, k), tuples in SHAPES.items():
         tuples = max(tuples // shrink, 32)
         table = lists(tuples, length)
@@ -139,8 +142,8 @@ def _against_the_wheel(shrink: int, repeats: int) -> Iterator[Row]:
             what = f"M={length}, K={k}, {dtype}: an epoch, a tuple"
             tags = {"kind": "epoch", "shape": (length, k), "dtype": dtype}
             if module is None:
-                why = "not installed: `pip install --no-deps ragbooster==0.1.1`"
-                yield Row(what, WHEEL, skipped=why, tags=tags)
+                mine = seconds[dtype]
+                yield Row(what, "", None if mine is None else mine / tuples, tags=tags, skipped=None if mine else NOISE)
                 continue
             mine, peer = (None if seconds[name] is None else seconds[name] / tuples for name in (dtype, WHEEL))
             yield _row(what, WHEEL, mine, peer, at_least=target if (length, k) == (100, 20) else None, tags=tags)
@@ -325,15 +328,17 @@ def draw(rows: list[Row], axes: list[Any]) -> None:
     shapes = list(SHAPES)
     names = [f"M={length}\nK={k}" for length, k in shapes]
     timed = {(row.tags["shape"], row.tags["dtype"]): row for row in rows if row.tags.get("kind") == "epoch"}
-    series = {f"ours, {dtype}": [timed[shape, dtype].ours for shape in shapes] for dtype in TARGETS} | {
-        WHEEL: [timed[shape, "float64"].peer for shape in shapes]
-    }
+    series = {f"ours, {dtype}": [timed[shape, dtype].ours for shape in shapes] for dtype in TARGETS}
+    series[WHEEL] = [timed[shape, "float64"].peer for shape in shapes]
     for at, (name, values) in enumerate(series.items()):
         heights = [float("nan") if value is None else 1e6 * value for value in values]
+        if not any(values):
+            continue
         colour = ("tab:blue", "tab:cyan", "0.7")[at]
         bars = left.bar(np.arange(len(names)) + 0.27 * (at - 1), heights, 0.26, label=name, color=colour)
         left.bar_label(bars, fmt="%.2g", fontsize=8)
-    left.set_yscale("log")
+    if any(value for values in series.values() for value in values):
+        left.set_yscale("log")
     left.set_xticks(range(len(names)), names)
     left.set(title="an epoch, one thread", ylabel="microseconds a tuple")
     left.legend()
