@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from datasets import Dataset, Features, IterableDataset, List, Value, disable_progress_bars, enable_progress_bars
+from datasets import Dataset, Features, IterableDataset, Sequence, Value, disable_progress_bars, enable_progress_bars
 from datasets.table import InMemoryTable
 from importance_corpora import as_dicts, corpus, corpus_of, fitted, heard, of_weights, table_of, validation
 
@@ -202,8 +202,10 @@ def chunks(table: pa.Table) -> pa.Table:
 
 def dataset(rows: dict[str, list], group: bool = False) -> Dataset:
     group = group or "source" in rows
-    features = {"retrieved": List(Value("string")), "utility": List(Value("float64"))}
-    return Dataset.from_dict(rows, features=Features(features | ({"source": List(Value("string"))} if group else {})))
+    features = {"retrieved": Sequence(Value("string")), "utility": Sequence(Value("float64"))}
+    return Dataset.from_dict(
+        rows, features=Features(features | ({"source": Sequence(Value("string"))} if group else {}))
+    )
 
 
 def no_stream() -> IterableDataset:

@@ -17,7 +17,7 @@ from datasets import (
     Dataset,
     Features,
     LargeList,
-    List,
+    Sequence,
     Value,
     concatenate_datasets,
     disable_progress_bars,
@@ -54,13 +54,13 @@ def signs(seed: int, rows: int, width: int = 6) -> np.ndarray:
 
 def corpus_of(vectors: np.ndarray, kind: str = "int", feature: Any = None, name: str = "embedding") -> Dataset:
     columns = {"id": [IDS[kind](row) for row in range(len(vectors))], name: vectors.tolist()}
-    features = {"id": Value("int64" if kind == "int" else "string"), name: feature or List(Value("float32"))}
+    features = {"id": Value("int64" if kind == "int" else "string"), name: feature or Sequence(Value("float32"))}
     return Dataset.from_dict(columns, features=Features(features))
 
 
 def queries_of(vectors: np.ndarray, feature: Any = None, name: str = "embedding") -> Dataset:
     columns = {"question": [f"question {row}" for row in range(len(vectors))], name: vectors.tolist()}
-    features = {"question": Value("string"), name: feature or List(Value("float32"))}
+    features = {"question": Value("string"), name: feature or Sequence(Value("float32"))}
     return Dataset.from_dict(columns, features=Features(features))
 
 
@@ -143,18 +143,18 @@ def test_digits_that_float32_has_not():
     """Exact: float64 is compared as float64."""
     angles = np.array([3e-9, 1e-9, 2e-9, 5e-9, 4e-9]) + np.pi / 4
     vectors = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    wide = List(Value("float64"))
+    wide = Sequence(Value("float64"))
     result = found(retrieve(corpus_of(vectors, feature=wide), queries_of(np.array([[0.0, 1.0]]), wide), 5))
     assert result == [[IDS["int"](row) for row in (3, 4, 0, 2, 1)]]
 
 
 FEATURES: dict[str, Any] = {
-    "list": List(Value("float32")),
-    "float64": List(Value("float64")),
-    "float16": List(Value("float16")),
-    "fixed": List(Value("float32"), length=6),
+    "list": Sequence(Value("float32")),
+    "float64": Sequence(Value("float64")),
+    "float16": Sequence(Value("float16")),
+    "fixed": Sequence(Value("float32"), length=6),
     "large": LargeList(Value("float32")),
-    "integers": List(Value("int8")),
+    "integers": Sequence(Value("int8")),
 }
 
 
@@ -221,7 +221,7 @@ def test_the_type_of_the_ids(type_):
     text = "string" in type_
     vectors = signs(19, 50)
     ids = [f"d{row}" if text else row for row in range(50)]
-    features = Features({"id": Value(type_), "embedding": List(Value("float32"))})
+    features = Features({"id": Value(type_), "embedding": Sequence(Value("float32"))})
     corpus = Dataset.from_dict({"id": ids, "embedding": vectors.tolist()}, features=features)
     asked = signs(20, 3)
     best = brute(vectors, asked, 3)
