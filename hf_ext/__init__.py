@@ -14,10 +14,11 @@ TYPE_CHECKING = False  # importing typing would cost more than this whole packag
 if TYPE_CHECKING:
     from typing import Any
 
-    from hf_ext import anchor_attention, bone_adapter, importance_weights, ofq_quantizer
+    from hf_ext import anchor_attention, bone_adapter, importance_weights, mcq_bias, ofq_quantizer
     from hf_ext.anchor_attention import AnchorCollator, AnchorPacking
     from hf_ext.bone_adapter import BoneConfig, BoneLinear, BoneModel
     from hf_ext.importance_weights import ImportanceWeights
+    from hf_ext.mcq_bias import metric_path
     from hf_ext.ofq_quantizer import OFQConfig
     from hf_ext.registry import RegistrationError, register, status, unregister
 
@@ -35,6 +36,8 @@ __all__ = [
     "anchor_attention",
     "bone_adapter",
     "importance_weights",
+    "mcq_bias",
+    "metric_path",
     "ofq_quantizer",
     "register",
     "status",
@@ -50,11 +53,12 @@ _HOME = {
     "ImportanceWeights": "hf_ext.importance_weights",
     "OFQConfig": "hf_ext.ofq_quantizer",
     "RegistrationError": "hf_ext.registry",
+    "metric_path": "hf_ext.mcq_bias",
     "register": "hf_ext.registry",
     "status": "hf_ext.registry",
     "unregister": "hf_ext.registry",
 }
-_PACKAGES = ("anchor_attention", "bone_adapter", "importance_weights", "ofq_quantizer")
+_PACKAGES = ("anchor_attention", "bone_adapter", "importance_weights", "mcq_bias", "ofq_quantizer")
 
 
 def __getattr__(name: str) -> Any:

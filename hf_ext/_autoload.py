@@ -26,6 +26,7 @@ HOOKS: dict[str, tuple[str, str]] = {
     "peft.tuners": ("after", "peft"),
     "transformers.quantizers.auto": ("after", "transformers.quantizers"),
     "timm.models": ("after", "timm"),
+    "evaluate.saving": ("after", "evaluate"),
 }
 
 OFF = ("off", None)

@@ -1,4 +1,4 @@
-"""hf-ext doctor | demo | bench"""
+"""hf-ext doctor | demo | bench | mcq-report"""
 
 import json
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-BENCHMARKS = ("anchor", "bone", "importance", "ofq", "startup")
+BENCHMARKS = ("anchor", "bone", "importance", "mcq", "ofq", "startup")
 
 
 def _print_version(wanted: bool) -> None:
@@ -73,9 +73,12 @@ def demo(
 @app.command()
 def bench(
     methods: Annotated[
-        list[str] | None, typer.Argument(help=f"Any of: {', '.join(BENCHMARKS)}. All by default.")
+        list[str] | None, typer.Argument(help=f"Any of: {', '.join(BENCHMARKS)}; or all, the default.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for NAME.json and NAME.md.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for NAME.json, NAME.md and NAME.png; of several, all.json and all.md too."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes: to see that it runs; the numbers mean little.")
     ] = False,
@@ -84,17 +87,43 @@ def bench(
     ] = False,
 ) -> None:
     """Measure our methods beside their peers in one run. Exit status 1 if a target was missed (not with --quick)."""
-    from hf_ext.bench import measure
+    from hf_ext.bench import measure_all
 
     if out is not None and out.exists() and not out.is_dir():
         _refuse(f"--out {out} is a file; name a folder")
-    for method in methods or ():
-        if method not in BENCHMARKS:
-            near = get_close_matches(method, BENCHMARKS, n=1)
+    names = BENCHMARKS if not methods or methods == ["all"] else methods
+    for name in names:
+        if name not in BENCHMARKS:
+            near = get_close_matches(name, BENCHMARKS, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            _refuse(f"there is no benchmark {method!r}; there are {', '.join(BENCHMARKS)}.{hint}")
-    good = [measure(method, out, quick=quick, require_cuda=require_cuda) for method in methods or BENCHMARKS]
-    raise typer.Exit(0 if all(good) else 1)
+            _refuse(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}, and all of them: all.{hint}")
+    good = measure_all(names, out, quick=quick, require_cuda=require_cuda)
+    raise typer.Exit(0 if good else 1)
+
+
+@app.command("mcq-report")
+def mcq_report(
+    path: Annotated[
+        Path, typer.Argument(help="lm-eval's samples_*.jsonl (--log_samples), lighteval's details, or their folder.")
+    ],
+    anchor: Annotated[str, typer.Option(help="The letter that the model is suspected of.")] = "A",
+    confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every output of every task as JSON.")] = False,
+) -> None:
+    """Positional bias of a model, from answers that another harness has logged; no model is run."""
+    from hf_ext.mcq_bias.logs import measure_logs
+
+    try:
+        results, refused = measure_logs(path, anchor=anchor, confidence=confidence)
+    except ValueError as error:
+        _refuse(str(error))
+    if as_json:
+        defined = {task: {name: _json_number(x) for name, x in found.items()} for task, found in results.items()}
+        print(json.dumps({"tasks": defined, "refused": refused}, indent=1))
+    else:
+        _show_bias(results, refused)
+    if not results:
+        _refuse(f"{path} has no task whose options are positions")
 
 
 def main() -> None:
@@ -134,6 +163,32 @@ def _show(report: dict[str, Any]) -> None:
         console.print(f"problem: {problem}", style="red")
     if report["ok"]:
         console.print("No problems.", style="green")
+
+
+def _json_number(x: float) -> float | None:
+    return None if x != x else x  # JSON has no NaN
+
+
+def _show_bias(results: dict[str, dict[str, float]], refused: dict[str, str]) -> None:
+    """Every output of one task; of several the chief ones, a line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    if len(results) == 1:
+        ((task, found),) = results.items()
+        table = Table("output", task)
+        for name, x in found.items():
+            table.add_row(name, f"{x:.4g}")
+        console.print(table)
+    elif results:
+        chief = ("n", "accuracy", "anchored_bias_rate", "cmh_z", "cmh_p_value", "tvd", "recall_std", "recall_std_null")
+        table = Table("task", *chief, "calibrated_accuracy")
+        for task, found in results.items():
+            table.add_row(task, *(f"{found[name]:.3g}" for name in (*chief, "calibrated_accuracy")))
+        console.print(table)
+    for task, reason in refused.items():
+        console.print(f"left out: {task}: {reason}")
 
 
 def _show_model(model: dict[str, Any], console: Any) -> None:

@@ -45,6 +45,14 @@ TABLE = (
         remove="hf_ext.anchor_attention.register:remove",
     ),
     Row(
+        host="transformers",
+        module="transformers.modeling_utils",
+        when="after",
+        names=("mcq_recalibrated",),
+        add="hf_ext.mcq_bias.register:add_to_transformers",
+        remove="hf_ext.mcq_bias.register:remove_from_transformers",
+    ),
+    Row(
         host="peft",
         module="peft.tuners",
         when="after",
@@ -67,6 +75,16 @@ TABLE = (
         names=tuple(f"ofq_w{w}a{a}{qkr}" for w in (2, 3, 4) for a in (2, 3, 4, 8) for qkr in ("", "_qkr")),
         add="hf_ext.ofq_quantizer.register:add_to_timm",
         remove="hf_ext.ofq_quantizer.register:remove_from_timm",
+    ),
+    Row(
+        host="evaluate",
+        # The last module that evaluate imports. Not `evaluate` itself: that may be watched only on the first touch of
+        # it, and `from evaluate.loading import load` never touches it.
+        module="evaluate.saving",
+        when="after",
+        names=("anchored_mcq_bias",),
+        add="hf_ext.mcq_bias.register:add_to_evaluate",
+        remove="hf_ext.mcq_bias.register:remove_from_evaluate",
     ),
 )
 
@@ -132,8 +150,19 @@ def status() -> dict[str, dict[str, Any]]:
 
 
 def apply(host: str) -> tuple[str, str | None]:
-    """Run the `add` of every row of `host`; returns the state to record and the reason for it."""
-    outcomes = {_resolve(row.add)() for row in TABLE if row.host == host}
+    """Run the `add` of every row of `host`, or of none: an error takes those before it back.
+
+    Returns the state to record and the reason for it.
+    """
+    outcomes, added = set(), []
+    try:
+        for row in (row for row in TABLE if row.host == host):
+            outcomes.add(_resolve(row.add)())
+            added.append(row)
+    except BaseException:
+        for row in reversed(added):
+            _resolve(row.remove)()
+        raise
     return (outcomes.pop() or "registered", None) if len(outcomes) == 1 else ("registered", None)
 
 

@@ -391,11 +391,12 @@ def test_interrupt_during_registration_reaches_the_user(house, tmp_path):
 # One expression a host: our name can be used there. A new row of the table needs one here.
 USABLE = {
     "torchvision": "__import__('torchvision').__version__",
-    "transformers": "all(name in table for name in ('anchor', 'anchor_continuous')"
+    "transformers": "all(name in table for name in ('anchor', 'anchor_continuous', 'mcq_recalibrated')"
     " for table in (modeling.ALL_ATTENTION_FUNCTIONS, masking.ALL_MASK_ATTENTION_FUNCTIONS))",
     "peft": "__import__('peft').get_peft_config({'peft_type': 'BONE'}).peft_type.value == 'BONE'",
     "transformers.quantizers": "'ofq' in __import__('transformers').quantizers.auto.AUTO_QUANTIZER_MAPPING",
     "timm": "__import__('timm').is_model('ofq_w2a2')",
+    "evaluate": "__import__('evaluate').load('anchored_mcq_bias').name == 'anchored_mcq_bias'",
 }
 CHECK = f"""
 {TRACES}

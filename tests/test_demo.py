@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_ext.bone_adapter import convert_to_miss
 from hf_ext.bone_adapter.layer import BoneLayer, BoneLinear
-from hf_ext.demo import bone, importance, ofq, report, text
+from hf_ext.demo import bone, importance, mcq, ofq, report, text
 from hf_ext.ofq_quantizer import IntegerWeight, load_packed
 
 
@@ -278,6 +278,69 @@ def test_the_check_of_ofq_fails_if_it(quick, tmp_path, monkeypatch, fault, said)
     outcome = ofq.judge(tmp_path)
     assert not outcome.passed
     assert re.search(said, outcome.check)
+
+
+def is_not_exposed(out: Path) -> None:
+    _change(out, "judged", cmh_z=1.0)
+
+
+def is_not_repaired(out: Path) -> None:
+    shutil.copy(out / "runs" / "judged" / "results.json", out / "runs" / "repaired" / "results.json")
+
+
+def answers_worse(out: Path) -> None:
+    _change(out, "repaired", accuracy=0.1)
+
+
+def depends_on_the_order(out: Path) -> None:
+    _change(out, "repaired", permutation_consistency=0.0)
+
+
+def saved_another_adapter(out: Path) -> None:
+    file = out / "runs" / "repaired" / "adapter_model.safetensors"
+    save_file({name: 0 * tensor for name, tensor in load_file(file).items()}, file)
+
+
+def _change(out: Path, run: str, **numbers: float) -> None:
+    file = out / "runs" / run / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | numbers))
+
+
+MCQ_FAULTS = {
+    is_not_exposed: "gives the same answers",
+    is_not_repaired: "gives other answers",
+    answers_worse: "gives other answers",
+    depends_on_the_order: "before, 0% after; .* gives the same answers",
+    saved_another_adapter: "gives other answers",
+}
+
+
+@pytest.mark.parametrize(("fault", "said"), MCQ_FAULTS.items(), ids=[fault.__name__ for fault in MCQ_FAULTS])
+def test_the_check_of_multiple_choice_fails_if_it(quick, tmp_path, fault, said):
+    _, out = quick
+    for folder in ("runs", "reader"):
+        shutil.copytree(out / folder, tmp_path / folder)
+    shutil.copy(out / "questions.json", tmp_path)
+    fault(tmp_path)
+    outcome = mcq.judge(tmp_path)
+    assert not outcome.passed
+    assert re.search(said, outcome.check)
+
+
+def test_questions_are_asked_in_every_rotation_and_none_was_fitted(quick):
+    _, out = quick
+    questions = json.loads((out / "questions.json").read_text())
+    assert not [item for item in questions["unlabelled"] if "label" in item]
+    assert not {item["prompt"] for item in questions["unlabelled"]} & {item["prompt"] for item in questions["test"]}
+    groups = {}
+    for item in questions["test"]:
+        asked, *choices = re.split(r" Answer Choices: A: | [B-D]: | Answer:$", item["prompt"])[:-1]
+        assert asked == f"Question: {choices[item['label']]}?"
+        groups.setdefault(item["group"], []).append((item["label"], tuple(choices)))
+    for orders in groups.values():
+        assert [label for label, _ in orders] == list(range(len(orders)))
+        turned = {choices[label:] + choices[:label] for label, choices in orders}
+        assert len(turned) == 1
 
 
 def weighs_otherwise(out: Path) -> None:

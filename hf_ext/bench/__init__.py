@@ -1,16 +1,28 @@
 """The side-by-side benchmarks behind `hf-ext bench`, one module a method: `rows(quick)` yields its measurements."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from hf_ext.bench.harness import COLUMNS, cells, machine, picture, save
+from hf_ext.bench.harness import COLUMNS, Row, cells, machine, picture, save
 
 
-def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: bool = False) -> bool:
+def measure_all(names: Sequence[str], out: Path | None, **how: bool) -> bool:
+    """`measure` of each; of several, all rows together as well, in `out`/all.json and all.md."""
+    measured = {name: measure(name, out, **how) for name in names}
+    if out is not None and len(names) > 1:
+        together = [replace(row, what=f"{name}: {row.what}") for name, (_, rows) in measured.items() for row in rows]
+        save(out, "all", together, machine())
+    return all(good for good, _ in measured.values())
+
+
+def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: bool = False) -> tuple[bool, list[Row]]:
     """Run benchmark `name`, print its table, and save NAME.json, NAME.md and, where it has one, NAME.png in `out`.
 
-    Returns whether every target was met (`quick` runs have none) and, with `require_cuda`, no CUDA row was skipped.
+    Returns whether every target was met (`quick` runs have none) and, with `require_cuda`, no CUDA row was skipped;
+    and the rows.
     """
     from rich.console import Console
     from rich.table import Table
@@ -35,4 +47,4 @@ def measure(name: str, out: Path | None, *, quick: bool = False, require_cuda: b
     lacking = require_cuda and any(row.skipped and "CUDA" in row.skipped for row in rows)
     if lacking:
         console.print("--require-cuda: CUDA rows were skipped", style="red")
-    return not missed and not lacking
+    return not missed and not lacking, rows

@@ -15,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from hf_ext.compat.datasets import stream_is_arrow
+from hf_ext.compat.evaluate import unwrap_evaluate_factory, wrap_evaluate_factory
 from hf_ext.compat.names import Entry, RegistrationError, claim_all, release_all
 from hf_ext.compat.peft import (
     add_peft_method,
@@ -70,6 +71,7 @@ from hf_ext.compat.torch import (
 )
 from hf_ext.compat.transformers import (
     attention_tables,
+    eager_attention,
     enable_checkpointing,
     is_causal_by_construction,
     query_span,

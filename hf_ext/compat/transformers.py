@@ -1,5 +1,6 @@
 """transformers: its attention tables, the keywords of its mask functions, and the check of names at load."""
 
+import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import wraps
 from importlib import metadata
@@ -21,6 +22,21 @@ def attention_tables() -> tuple[MutableMapping[str, Callable], MutableMapping[st
     from transformers.modeling_utils import AttentionInterface
 
     return AttentionInterface._global_mapping, AttentionMaskInterface._global_mapping
+
+
+def eager_attention(module: Any) -> Callable:
+    """The attention function that transformers would call for `module` under "eager".
+
+    It is in none of the host's tables: each modelling file has its own.
+
+    Raises:
+        ValueError: its file has none, so that its attention is not exchangeable.
+    """
+    for kind in type(module).__mro__:
+        file = sys.modules.get(kind.__module__)
+        if hasattr(file, "eager_attention_forward"):
+            return file.eager_attention_forward
+    raise ValueError(f"{type(module).__module__} has no eager attention function for {type(module).__name__}")
 
 
 def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from hf_ext import doctor
 
 # In this order: bone goes on from the text, tokenizer and model that anchor writes, importance from ofq's digits.
-METHODS = ("anchor", "bone", "ofq", "importance")
+METHODS = ("anchor", "bone", "ofq", "mcq", "importance")
 
 # One thread a process and two processes at a time: tiny models only lose by sharing their cores.
 AT_ONCE = 2
@@ -41,6 +41,7 @@ FILES = (
     *("train.py", "tokenizer", "packed", "model", "docstrings", "modules", "adapters"),
     *("train_images.py", "digits", "packed_ofq"),
     *("answer.py", "documents", "planted.json"),
+    *("train_options.py", "ask.py", "questions.json", "reader"),
     *("runs", "results.json", "demo.png"),
 )
 

@@ -1,0 +1,137 @@
+"""An attention function that shows, and lets one alter, the weights with which the last token looks back."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_ext import compat
+
+NAME = "mcq_recalibrated"
+_WATCHERS = "_mcq_watchers"  # on every attention module of a model, while something watches it
+
+_log = logging.get_logger(__name__)
+
+
+class LastQuery(NamedTuple):
+    """How the last token of each row looks back, in one layer of a forward over whole prompts.
+
+    weights: (B, H, T), rows of the softmax, before dropout. values: (B, H, T, D), grouped heads repeated. hidden:
+    (B, T) or (1, T) bool, True where the mask hides a position (padding, or beyond the window); None without a mask.
+    """
+
+    layer: int
+    weights: Tensor
+    values: Tensor
+    hidden: Tensor | None
+
+
+Watcher = Callable[[LastQuery], Tensor | None]
+
+
+@contextmanager
+def watched_attention(model: nn.Module, watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` sees every layer's `LastQuery`; weights (B, H, T) that it returns are used in place of its own.
+
+    Forwards over whole prompts only: what stands behind a cache has no watcher. The model computes attention eagerly,
+    its softmax in at least float32. Its engine is found as it was afterwards. Watchers of nested contexts follow each
+    other. `model` is of a family whose attention is plain: no sinks, no soft cap.
+
+    Raises:
+        RuntimeError: `hf_ext.unregister()` was called: the name of the attention function is gone.
+    """
+    for table in compat.attention_tables():
+        if NAME not in table:
+            raise RuntimeError(f"transformers has no attention {NAME!r}; call hf_ext.register() first")
+    with _attributes_restored() as replace:
+        # Copies, since a config may be shared with other models, which keep their engine.
+        copies: dict[int, Any] = {}
+        for module in model.modules():
+            config = vars(module).get("config")
+            if hasattr(config, "_attn_implementation"):
+                if id(config) not in copies:
+                    copies[id(config)] = copy.copy(config)
+                    copies[id(config)]._attn_implementation = NAME
+                replace(module, "config", copies[id(config)])
+            if hasattr(module, "layer_idx"):
+                replace(module, _WATCHERS, (*getattr(module, _WATCHERS, ()), watcher))
+        yield
+
+
+@contextmanager
+def _attributes_restored() -> Iterator[Callable[[nn.Module, str, Any], None]]:
+    """Hands out a setattr whose effects end with the context, whatever happens inside."""
+    before: list[tuple[nn.Module, str, tuple[Any, ...]]] = []
+
+    def replace(module: nn.Module, name: str, value: Any) -> None:
+        own = vars(module)
+        before.append((module, name, (own[name],) if name in own else ()))
+        setattr(module, name, value)
+
+    try:
+        yield replace
+    finally:
+        for module, name, value in reversed(before):
+            if value:
+                setattr(module, name, *value)
+            else:
+                delattr(module, name)
+
+
+def recalibrated_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function behind `attn_implementation="mcq_recalibrated"`; the model's own eager one where nobody watches.
+
+    query (B, H, L, D), key and value (B, Hkv, T, D), where Hkv divides H; attention_mask (B or 1, 1, L, T), added to
+    the scores. Returns ((B, L, H, D), weights (B, H, L, T)).
+    """
+    if not torch.compiler.is_compiling():
+        compat.announce(NAME)
+    watchers = getattr(module, _WATCHERS, ())
+    if not watchers:
+        return compat.eager_attention(module)(module, query, key, value, attention_mask, **options)
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    scaling = options.get("scaling")
+    scores = query @ key.transpose(2, 3) * (_scaling_of(module) if scaling is None else scaling)
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., : key.shape[2]]
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(value.dtype)
+    if query.shape[2] == key.shape[2]:
+        weights = _as_watched(module.layer_idx, weights, value, attention_mask, watchers)
+    elif query.shape[2] > 1:
+        _log.warning_once(
+            f"the {query.shape[2]} tokens of this forward stand behind a cache, or in a static one: their attention is "
+            "neither shown nor altered"
+        )
+    weights = nn.functional.dropout(weights, options.get("dropout", 0.0), module.training)
+    if options.get("head_mask") is not None:  # of the GPT-2 of transformers 4
+        weights = weights * options["head_mask"]
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _as_watched(
+    layer: int, weights: Tensor, values: Tensor, mask: Tensor | None, watchers: tuple[Watcher, ...]
+) -> Tensor:
+    hidden = None if mask is None else mask[:, 0, -1] <= torch.finfo(mask.dtype).min / 2
+    for watcher in watchers:
+        altered = watcher(LastQuery(layer, weights[:, :, -1], values, hidden))
+        if altered is not None:
+            weights = torch.cat([weights[:, :, :-1], altered[:, :, None]], dim=2)
+    return weights
+
+
+def _scaling_of(module: nn.Module) -> float:
+    """The GPT-2 of transformers 4 leaves the scaling to its attention function."""
+    scaling = module.head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    return scaling / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scaling

@@ -1,0 +1,75 @@
+"""Prompts as left-padded batches, the same for scoring and for attribution."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Batch:
+    """rows: numbers of the prompts. inputs: input_ids, attention_mask and position_ids, each (B, T)."""
+
+    rows: list[int]
+    inputs: dict[str, Tensor]
+
+
+def encode(model: Any, tokenizer: Any, prompts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
+    """The tokens of each prompt. prepend_bos: begin with the BOS token, where the tokenizer does not add it itself.
+
+    Raises:
+        ValueError: a prompt that is no text, has no token, or is longer than the model's positions, with its row.
+    """
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompts[{row}]={prompt!r} is no text")
+    encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
+    if prepend_bos:
+        bos = tokenizer.bos_token_id
+        if bos is None:
+            raise ValueError("prepend_bos=True, and the tokenizer has no BOS token")
+        encoded = [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for row, ids in enumerate(encoded):
+        if not ids:
+            raise ValueError(f"prompts[{row}]={prompts[row]!r} has no token")
+        if limit is not None and len(ids) > limit:
+            raise ValueError(
+                f"prompts[{row}] has {len(ids)} tokens, and the model {limit} positions; it is not cut, since an "
+                "answer to half a question means nothing"
+            )
+    return encoded
+
+
+def batches(encoded: Sequence[list[int]], batch_size: int, device: torch.device, progress: bool) -> Iterator[Batch]:
+    """Batches of prompts of like length, the longest first: what does not fit into memory fails at once."""
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row]))
+    for start in tqdm(range(0, len(order), batch_size), "prompts", disable=not progress):
+        rows = order[start : start + batch_size]
+        yield Batch(rows, left_padded([encoded[row] for row in rows], device))
+
+
+def left_padded(encoded: Sequence[list[int]], device: torch.device) -> dict[str, Tensor]:
+    """Model inputs, each (B, T), T the longest. What stands in the padding does not matter: it is masked."""
+    length = max(map(len, encoded))
+    input_ids = torch.tensor([[0] * (length - len(ids)) + ids for ids in encoded], device=device)
+    attention_mask = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in encoded], device=device)
+    # GPT-2 would count the padding too.
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients inside; afterwards each module is in the mode it was found in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode

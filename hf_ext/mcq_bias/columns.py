@@ -1,0 +1,169 @@
+"""The five inputs of the metric in one form, every row checked by itself, before anything is kept of them."""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from hf_ext.mcq_bias.config import FEWEST, MOST
+from hf_ext.mcq_bias.extra_columns import UNKNOWN, check_length, read_group, read_num_choices, read_permutation
+from hf_ext.mcq_bias.letters import LETTERS
+from hf_ext.mcq_bias.reading import NONSENSE, column, indices, is_row, padded, score_rows
+
+MIXED = (
+    "some predictions are score rows and others are answers; one result takes either, since a score row also says "
+    "how sure the model was"
+)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """n rows.
+
+    answers: (n,) int64, index of the answer, of any size, -1 for none; None where there are scores.
+    scores: (n, widest) float64, -inf from num_choices on; None where there are answers.
+    references, num_choices: (n,) int64; num_choices is `UNKNOWN` where nothing says it.
+    group: n texts, "" for none; None if no row has one.
+    permutation: (n, longest) int64, -1 from the end of a row on; None if no row has one.
+    """
+
+    answers: np.ndarray | None
+    scores: np.ndarray | None
+    references: np.ndarray
+    num_choices: np.ndarray
+    group: list[str] | None = None
+    permutation: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.references)
+
+    def to_lists(self) -> dict[str, list[Any]]:
+        """One list a column, for Arrow: an answer is a row of one number, as a row of scores has at least two."""
+        if self.scores is None:
+            predictions = [[float(answer)] for answer in self.answers.tolist()]
+        else:
+            rows = zip(self.scores.tolist(), self.num_choices.tolist(), strict=True)
+            predictions = [row[:k] for row, k in rows]
+        orders = [[]] * len(self) if self.permutation is None else self.permutation.tolist()
+        return {
+            "predictions": predictions,
+            "references": self.references.tolist(),
+            "num_choices": self.num_choices.tolist(),
+            "group": [""] * len(self) if self.group is None else self.group,
+            "permutation": [[place for place in row if place >= 0] for row in orders],
+        }
+
+    @classmethod
+    def from_lists(cls, lists: dict[str, list[Any]]) -> "Columns":
+        """The undo of `to_lists`, of any number of batches.
+
+        Raises:
+            ValueError: batches of scores among batches of answers.
+        """
+        predictions, order = lists["predictions"], lists["permutation"]
+        lengths = np.fromiter(map(len, predictions), np.int64, len(predictions))
+        is_answer = lengths == 1
+        if is_answer.any() and not is_answer.all():
+            raise ValueError(MIXED)
+        numbers = padded(chain.from_iterable(predictions), lengths, -np.inf, np.float64)
+        answers = numbers.reshape(-1).astype(np.int64) if is_answer.all() else None
+        sizes = np.fromiter(map(len, order), np.int64, len(order))
+        return cls(
+            answers=answers,
+            scores=numbers if answers is None else None,
+            references=np.array(lists["references"], np.int64),
+            num_choices=np.array(lists["num_choices"], np.int64),
+            group=lists["group"] if any(lists["group"]) else None,
+            permutation=padded(chain.from_iterable(order), sizes, -1, np.int64) if sizes.any() else None,
+        )
+
+
+def read_columns(
+    predictions: Any, references: Any, num_choices: Any = None, group: Any = None, permutation: Any = None
+) -> Columns:
+    """
+    Args:
+        predictions: n score rows (lists, arrays, tensors, one array) or n answers (indices, -1 for none, or letters).
+        references: n indices or letters of the right choice.
+        num_choices: one integer for all rows or one a row; None: the length of a score row, unknown with answers.
+        group: n labels of questions; None or "" for none.
+        permutation: n lists, the option behind each position; None or empty for none.
+
+    Raises:
+        ValueError: naming the row, what is there and what is allowed.
+    """
+    missing = [name for name, x in (("predictions", predictions), ("references", references)) if x is None]
+    if missing:
+        raise ValueError(f"{' and '.join(missing)} missing: the metric needs predictions and references")
+    predictions, references = column("predictions", predictions), column("references", references)
+    n = len(predictions)
+    if n == 0:
+        predictions = []  # of an array without rows nobody can tell whether they are scores
+    check_length("references", references, n)
+    k = read_num_choices(num_choices, n)
+    answers = scores = None
+    if _are_scores(predictions):
+        scores, k = _fit_scores(*score_rows(predictions), k)
+    else:
+        answers = indices(predictions)
+        for row in np.flatnonzero(answers == NONSENSE)[:1]:
+            raise ValueError(
+                f"predictions[{row}]={predictions[row]!r} is no answer; expected an index, -1 for none, or a letter"
+            )
+    return Columns(
+        answers=answers,
+        scores=scores,
+        references=_read_references(references, k),
+        num_choices=k,
+        group=read_group(group, n),
+        permutation=read_permutation(permutation, k),
+    )
+
+
+def _are_scores(predictions: np.ndarray | list[Any]) -> bool:
+    if isinstance(predictions, np.ndarray):
+        return predictions.ndim == 2
+    if set(map(type, predictions)) <= {int, float, str, type(None)}:  # the usual case, at once
+        return False
+    kinds = set(map(is_row, predictions))
+    if len(kinds) > 1:
+        raise ValueError(MIXED)
+    return kinds == {True}
+
+
+def _fit_scores(scores: np.ndarray, lengths: np.ndarray, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of the choices alone, and how many there are."""
+    known = k != UNKNOWN
+    for row in np.flatnonzero(known & (lengths < k))[:1]:
+        raise ValueError(f"predictions[{row}] has {lengths[row]} scores, and num_choices is {k[row]}")
+    for row in np.flatnonzero(~known & ((lengths < FEWEST) | (lengths > MOST)))[:1]:
+        raise ValueError(
+            f"predictions[{row}] has {lengths[row]} scores; a row without num_choices has {FEWEST} to {MOST}"
+        )
+    k = np.where(known, k, lengths)
+    if (k == scores.shape[1]).all():
+        return scores, k
+    padding = np.where(np.arange(scores.shape[1]) < k[:, None], -np.inf, scores)
+    for row in np.flatnonzero(np.isfinite(padding).any(axis=1))[:1]:
+        raise ValueError(
+            f"predictions[{row}] has the score {padding[row][np.isfinite(padding[row])][0]!r} beyond its "
+            f"{k[row]} choices; only -inf may follow them"
+        )
+    scores[(padding != -np.inf).any(axis=1), 0] = np.nan  # the row holds NaN or inf: no valid answer, as elsewhere
+    return scores[:, : k.max(initial=0)], k
+
+
+def _read_references(values: np.ndarray | list[Any], k: np.ndarray) -> np.ndarray:
+    if getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"references: found an array of shape {values.shape}; expected one index or letter a row")
+    gold = indices(values)
+    limit = np.where(k == UNKNOWN, MOST, k)
+    for row in np.flatnonzero((gold < 0) | (gold >= limit))[:1]:
+        last = limit[row] - 1
+        what = "k is not known, and at most 26" if k[row] == UNKNOWN else f"k={k[row]}"
+        raise ValueError(
+            f"references[{row}]={values[row]!r} is neither an index 0 to {last} nor a letter A to {LETTERS[last]} "
+            f"({what})"
+        )
+    return gold

@@ -1,0 +1,119 @@
+"""What a mitigation did on held-out examples, beside its cheap rival, output calibration."""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from peft import PeftModel
+
+from hf_ext.mcq_bias.bias import bias_metrics
+from hf_ext.mcq_bias.examples import read_examples
+from hf_ext.mcq_bias.letters import LETTERS, anchor_index
+from hf_ext.mcq_bias.mitigation import prompt_hash
+from hf_ext.mcq_bias.saving import facts_of
+from hf_ext.mcq_bias.scoring import score_choices
+
+ROWS = ("before", "output calibration", "after")
+SHOWN = ("accuracy", "anchored_bias_rate", "cmh_z", "tvd", "recall_std")
+
+
+@dataclass(frozen=True)
+class MitigationReport:
+    """The same examples before and after a mitigation; `str()` is a table.
+
+    Args:
+        anchor: the letter.
+        before: outputs of `bias_metrics` with the adapter disabled. Its `calibrated_accuracy` and
+            `calibrated_anchored_bias_rate` are the rival: each letter's mean score subtracted, no weight edited.
+        after: the same with the adapter.
+    """
+
+    anchor: str
+    before: dict[str, int | float]
+    after: dict[str, int | float]
+
+    def to_pandas(self) -> Any:
+        """A DataFrame with the rows before, output calibration and after. NaN: not computed for calibration."""
+        import pandas
+
+        return pandas.DataFrame(self._table(), index=list(ROWS))
+
+    def __str__(self) -> str:
+        table = self._table()
+        width = max(map(len, ROWS))
+        lines = [f"{self.before['n']} examples, anchor {self.anchor}"]
+        lines.append(" " * width + "".join(f"{name:>{_width(name)}}" for name in table))
+        for row, title in enumerate(ROWS):
+            cells = "".join(f"{_number(column[row]):>{_width(name)}}" for name, column in table.items())
+            lines.append(f"{title:<{width}}{cells}")
+        return "\n".join(lines)
+
+    def _table(self) -> dict[str, list[float]]:
+        return {
+            name: [self.before[name], self.before.get(f"calibrated_{name}", math.nan), self.after[name]]
+            for name in SHOWN
+        }
+
+
+def mitigation_report(
+    pm: PeftModel,
+    tokenizer: Any,
+    examples: Iterable[Mapping[str, Any]],
+    anchor: str | int = "A",
+    batch_size: int = 64,
+    letter_prefix: str = " ",
+    prepend_bos: bool = False,
+    progress: bool = True,
+) -> MitigationReport:
+    """Measure bias and accuracy with and without the adapter, on labelled examples that the fit has not seen.
+
+    Args:
+        pm: what `mitigate` returned, or the same adapter loaded again.
+        tokenizer: the tokenizer of the model.
+        examples: rows as for `mitigate`, with `label`.
+        anchor: the letter, or its index.
+        batch_size, letter_prefix, prepend_bos, progress: as in `score_choices`.
+
+    Raises:
+        ValueError: `pm` is no PeftModel; missing or wrong labels; what `score_choices` refuses.
+    """
+    if not isinstance(pm, PeftModel):
+        raise ValueError(f"found a {type(pm).__name__}, expected the PeftModel that mitigate returns")
+    index = anchor_index(anchor)
+    rows = read_examples(examples, with_labels=True)
+    _warn_of_overlap(pm, rows.prompts)
+    asked = tokenizer, rows.prompts, rows.num_choices, batch_size, letter_prefix, prepend_bos, progress
+
+    def measured() -> dict[str, int | float]:
+        scores = score_choices(pm, *asked)
+        return bias_metrics(scores.scores, rows.labels, num_choices=scores.num_choices, anchor=index)
+
+    with pm.disable_adapter():
+        before = measured()
+    return MitigationReport(LETTERS[index], before, measured())
+
+
+def _warn_of_overlap(pm: PeftModel, prompts: list[str]) -> None:
+    facts = facts_of(pm)
+    if facts is None:
+        warnings.warn(
+            "this model has no mcq_bias, as after loading: whether these prompts occurred in the fit is not known",
+            stacklevel=3,
+        )
+        return
+    seen = sum(prompt_hash(prompt) in set(facts["fit_prompts"]) for prompt in prompts)
+    if seen:
+        warnings.warn(
+            f"{seen} of the {len(prompts)} prompts occurred in the fit: their numbers say nothing of new ones",
+            stacklevel=3,
+        )
+
+
+def _width(name: str) -> int:
+    return 2 + max(len(name), len("-000.000"))
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

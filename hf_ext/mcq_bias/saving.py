@@ -1,0 +1,118 @@
+"""Folders of mitigations, here and on the hub: PEFT's own files, how the adapter came about, and the card."""
+
+import json
+from pathlib import Path
+
+from peft import PeftModel
+
+from hf_ext import compat
+
+FILE = "mcq_bias.json"
+
+CARD = """{head}
+# A repair of {kind} that prefers the answer {anchor}
+
+A LoRA adapter of rank one that takes a preference for the letter {anchor} in multiple-choice questions out of a model,
+fitted {labels} by `hf_ext.mcq_bias.mitigate`. The preference is that of
+[arXiv 2405.03205](https://arxiv.org/abs/2405.03205). PEFT alone loads it:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "{here}")
+```
+
+| | |
+|---|---|
+| share of {anchor} among the answers, before | {share_before:.4f} |
+| the same, after | {share_after:.4f} |
+| the same, by chance | {target_share:.4f} |
+| method | {method}, components={components}, strength {strength:.4g} |
+| edited | {neurons} neurons, {heads} heads |
+| questions | {questions} |
+
+The shares are those on the questions of the fit; on others they differ. `mcq_bias.json` has the rest.
+"""
+
+
+def save_mitigation(pm: PeftModel, path: str | Path) -> None:
+    """Write the adapter by `save_pretrained`, and `pm.mcq_bias` as `mcq_bias.json` into the same folder.
+
+    And README.md, a card, unless somebody's own is there: into that PEFT writes what it always does.
+
+    `PeftModel.from_pretrained(model, path)` loads it, without `mcq_bias`; read the JSON file for that (in it, layers
+    are strings). A base model in float64 needs nothing more: PEFT brings the adapter to the precision of the base.
+
+    Raises:
+        ValueError: `pm` does not come from `mitigate`, or has been saved and loaded since.
+    """
+    facts = facts_of(pm)
+    if facts is None:
+        raise ValueError(f"{type(pm).__name__} has no mcq_bias: save_mitigation takes what mitigate returns")
+    folder = Path(path)
+    ours = compat.may_write_card(folder)
+    pm.save_pretrained(str(folder))
+    (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if ours:
+        compat.write_card(folder, _card(pm, facts))
+
+
+def push_to_hub(
+    pm: PeftModel,
+    repo_id: str,
+    *,
+    commit_message: str = "Upload mitigation",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Upload what `save_mitigation` writes; `PeftModel.from_pretrained(model, repo_id)` loads it.
+
+    Args:
+        pm: what `mitigate` returned.
+        repo_id: "user/name"; made where it is missing. A card that it has stays, unless it is an unedited one of ours.
+        commit_message: of the one commit.
+        private: of a repository that is made now; None: public, unless its organisation has another default.
+        token: None: the stored one.
+        revision: branch to write to, made where it is missing.
+        create_pr: propose the commit as a pull request.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: as `save_mitigation` does, before anything is uploaded; or `repo_id` is no id.
+    """
+    return compat.push_folder(
+        lambda folder: save_mitigation(pm, folder),
+        repo_id,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def facts_of(pm: PeftModel) -> dict | None:
+    """`pm.mcq_bias`, of the wrapper itself and not of a model inside."""
+    return vars(pm).get("mcq_bias")
+
+
+def _card(pm: PeftModel, facts: dict) -> str:
+    base = pm.get_base_model()
+    source = base.config.name_or_path
+    return CARD.format(
+        **facts,
+        head=compat.front_matter("peft", ["lora", "anchored-mcq-bias"], source),
+        kind=type(base).__name__,
+        labels="with labels" if facts["method"] == "paper" else "without labels",
+        base=compat.known_model(source) or "PATH_OF_THE_BASE_MODEL",
+        here=compat.HERE,
+        neurons=sum(map(len, facts["edited"].values())),
+        heads=sum(map(len, facts["edited_heads"].values())),
+        questions=len(facts["fit_prompts"]),
+    )
