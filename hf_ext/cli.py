@@ -106,7 +106,7 @@ def mcq_report(
     path: Annotated[
         Path, typer.Argument(help="lm-eval's samples_*.jsonl (--log_samples), lighteval's details, or their folder.")
     ],
-    anchor: Annotated[str, typer.Option(help="The letter that the model is suspected of.")] = "A",
+    anchor: Annotated[str, typer.Option(help="The letter, or its index, that the model is suspected of.")] = "A",
     confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="Print every output of every task as JSON.")] = False,
 ) -> None:
@@ -114,7 +114,8 @@ def mcq_report(
     from hf_ext.mcq_bias.logs import measure_logs
 
     try:
-        results, refused = measure_logs(path, anchor=anchor, confidence=confidence)
+        index = int(anchor) if anchor.isdecimal() else anchor
+        results, refused = measure_logs(path, anchor=index, confidence=confidence)
     except ValueError as error:
         _refuse(str(error))
     if as_json:
@@ -182,10 +183,12 @@ def _show_bias(results: dict[str, dict[str, float]], refused: dict[str, str]) ->
             table.add_row(name, f"{x:.4g}")
         console.print(table)
     elif results:
-        chief = ("n", "accuracy", "anchored_bias_rate", "cmh_z", "cmh_p_value", "tvd", "recall_std", "recall_std_null")
-        table = Table("task", *chief, "calibrated_accuracy")
+        chief = ("n", "accuracy", "anchored_bias_rate", "cmh_z", "cmh_p_value", "tvd", "calibrated_accuracy")
+        table = Table()
+        for name in ("task", *chief):
+            table.add_column(name, overflow="fold")
         for task, found in results.items():
-            table.add_row(task, *(f"{found[name]:.3g}" for name in (*chief, "calibrated_accuracy")))
+            table.add_row(task, *(f"{found[name]:.3g}" for name in chief))
         console.print(table)
     for task, reason in refused.items():
         console.print(f"left out: {task}: {reason}")

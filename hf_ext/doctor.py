@@ -5,14 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from hf_ext import __version__, _autoload, compat, registry
+from hf_ext.doctor_model import examine_model, model_problems
 
 # Hosts come first and nobody imports hf_ext, as in a user's script; what autoload did is read before we come in.
 _PROBE = """
@@ -55,7 +54,7 @@ def examine(model: Path | None = None) -> dict[str, Any]:
         *probe["problems"],
         *_version_problems(versions),
         *_switch_problems(probe["channel"]),
-        *_model_problems(report["model"]),
+        *model_problems(report["model"]),
     ]
     report["ok"] = not report["problems"]
     return report
@@ -167,71 +166,3 @@ def _editable() -> bool:
     except metadata.PackageNotFoundError:
         return False
     return origin.get("dir_info", {}).get("editable", False)
-
-
-# --- --model DIR
-
-
-def examine_model(folder: Path, channel: str) -> dict[str, Any]:
-    """Which attention names the config.json of `folder` carries, and whether they take effect here.
-
-    Raises:
-        ValueError: not a folder with a config.json that holds an object.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"--model {folder}: there is no config.json in it")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"--model {folder}: config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--model {folder}: config.json holds a {type(config).__name__}, not an object")
-    strings = []
-    for key, value in _attention_keys(config):
-        reason = _why_no_effect(value, folder, channel)
-        strings.append({"file": file.name, "key": key, "value": value, "effective": not reason, "reason": reason})
-    return {"path": str(folder), "strings": strings}
-
-
-def _attention_keys(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if key == "attn_implementation":
-            yield prefix + key, value
-        elif isinstance(value, dict):
-            yield from _attention_keys(value, f"{prefix}{key}.")
-
-
-def _why_no_effect(value: Any, folder: Path, channel: str) -> str | None:
-    from hf_ext.anchor_attention.support import NAMES
-
-    if value not in NAMES:
-        near = get_close_matches(str(value), NAMES, n=1)
-        return f"not a name of hf_ext; did you mean {near[0]!r}?" if near else "not a name of hf_ext"
-    if not compat.reads_attention_from_config():
-        return "this transformers ignores the key; pass attn_implementation to from_pretrained (it is read from 5.5 on)"
-    if channel == "off":
-        return "autoload is off: `import hf_ext` in the script"
-    return _why_refused(folder)
-
-
-def _why_refused(folder: Path) -> str | None:
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    from hf_ext.anchor_attention.support import why_unsupported
-
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        return why_unsupported(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
-    except (KeyError, ValueError, OSError) as error:
-        return f"transformers knows no causal language model for it ({type(error).__name__}: {error})"
-
-
-def _model_problems(model: dict[str, Any] | None) -> list[str]:
-    """Names that were meant to be ours and do nothing; a stock name is nobody's problem."""
-    return [
-        f"{model['path']}/{string['file']}: {string['key']} = {string['value']!r} has no effect: {string['reason']}"
-        for string in (model["strings"] if model else [])
-        if not string["effective"] and string["reason"] != "not a name of hf_ext"
-    ]

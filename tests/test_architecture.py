@@ -208,7 +208,7 @@ def test_no_module_is_called_utils():
     assert not [name for name in FILES if {"utils", "helpers", "misc", "common"} & set(Path(name).parts)]
 
 
-@pytest.mark.parametrize("name", files("demo/train.*", "demo/answer.py"))
+@pytest.mark.parametrize("name", files("demo/train.*", "demo/answer.py", "demo/ask.py"))
 def test_script_of_the_demo_never_imports_us(name):
     assert "hf_ext" not in tops(imports(name))
     assert "import_module" not in " ".join(calls(name))

@@ -122,6 +122,7 @@ def test_a_failed_registration_is_named_with_host_cause_and_version(tmp_path):
 
 
 READS = compat.reads_attention_from_config()
+QUANT_METHOD = "quantization_config.quant_method"
 
 
 @pytest.mark.parametrize(
@@ -129,13 +130,23 @@ READS = compat.reads_attention_from_config()
     [
         ({"model_type": "llama", "attn_implementation": "anchor"}, READS, None),
         ({"model_type": "llama", "attn_implementation": "anchor_continuous"}, READS, None),
+        ({"model_type": "llama", "attn_implementation": "mcq_recalibrated"}, READS, None),
         ({"model_type": "llama", "attn_implementation": "sdpa"}, False, "not a name"),
         ({"model_type": "llama", "attn_implementation": "anchr"}, False, "did you mean 'anchor'?"),
         ({"model_type": "bloom", "attn_implementation": "anchor"}, False, "table of attention functions"),
         ({"model_type": "mamba", "attn_implementation": "anchor"}, False, "mix"),
         ({"model_type": "nothing", "attn_implementation": "anchor"}, False, "no causal language model"),
     ],
-    ids=["ours", "ours for loops", "a stock name", "misspelt", "no attention function", "recurrent", "unknown type"],
+    ids=[
+        "ours",
+        "ours for loops",
+        "recalibrated",
+        "a stock name",
+        "misspelt",
+        "no attention function",
+        "recurrent",
+        "unknown type",
+    ],
 )
 def test_model_folder(tmp_path, config, effective, reason):
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -158,6 +169,25 @@ def test_the_key_is_found_in_the_parts_of_a_composite_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
     assert string["key"] == "text_config.attn_implementation"
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "key", "channel", "reason"),
+    [
+        ("adapter_config.json", {"peft_type": "BONE"}, "peft_type", "autoload", None),
+        ("adapter_config.json", {"peft_type": "BONES"}, "peft_type", "autoload", "did you mean 'BONE'?"),
+        ("adapter_config.json", {"peft_type": "LORA"}, "peft_type", "autoload", "not a name"),
+        ("config.json", {"quantization_config": {"quant_method": "ofq"}}, QUANT_METHOD, "autoload", None),
+        ("config.json", {"quantization_config": {"quant_method": "ofq"}}, QUANT_METHOD, "off", "autoload is off"),
+        ("config.json", {"quantization_config": {"quant_method": "gptq"}}, QUANT_METHOD, "autoload", "not a name"),
+    ],
+    ids=["BONE", "misspelt", "LoRA", "ofq", "ofq without autoload", "gptq"],
+)
+def test_strings_of_adapters_and_quantisation(tmp_path, file, config, key, channel, reason):
+    (tmp_path / file).write_text(json.dumps(config))
+    (string,) = doctor.examine_model(tmp_path, channel)["strings"]
+    assert (string["file"], string["key"], string["effective"]) == (file, key, reason is None)
+    assert (reason or "") in (string["reason"] or "")
 
 
 def test_model_folder_without_a_string_of_ours(tmp_path):

@@ -95,6 +95,13 @@ def test_an_index_that_could_be_a_number_is_settled_by_the_accuracies(tmp_path):
         assert task.gold == [g - shift for g in gold]
 
 
+def test_an_index_that_could_be_a_number_is_not_guessed(tmp_path):
+    lines = [line | {"target": "2"} for line in samples(NUMBERS)]
+    for line in lines:
+        del line["acc"]
+    assert "no accuracy (acc) is logged" in read_logs(write(tmp_path, "numbers", lines))[1]["numbers"]
+
+
 def test_older_logs_with_lists_of_numbers(tmp_path):
     scores, gold = items()
     lines = [
@@ -142,10 +149,31 @@ def test_a_folder_with_tasks_filters_and_runs(tmp_path):
     assert list(tasks) == ["task_one", f"task_one ({second})", "two, strict", "two, none"]
     assert list(refused) == ["prose"]
     results, _ = measure_logs(tmp_path, n_resamples=0)
+    assert "all tasks" not in results
     assert plain(results["task_one"]) == plain(measure_logs(first, n_resamples=0)[0]["task_one"])
-    parts = [items(), items(seed=1)] * 2
+
+
+def test_all_tasks_are_their_items_together(tmp_path):
+    write(tmp_path, "one", samples())
+    write(tmp_path, "two", samples(NUMBERS, seed=1))
+    parts = items(), items(seed=1)
     pooled = bias_metrics([s for part in parts for s in part[0]], [g for part in parts for g in part[1]], n_resamples=0)
-    assert plain(results["all tasks"]) == plain(pooled)
+    assert plain(measure_logs(tmp_path, n_resamples=0)[0]["all tasks"]) == plain(pooled)
+
+
+def test_other_kinds_of_tasks_do_not_spoil_the_report(tmp_path):
+    """As lm-eval logs generation and perplexity."""
+    write(tmp_path, "mmlu", samples())
+    text = sample(0, [-1.0, -2.0], 0, LETTERS[:2], "18") | {
+        "arguments": {"gen_args_0": {"arg_0": "?", "arg_1": {"until": ["Question:"]}}},
+        "filtered_resps": ["18"],
+    }
+    write(tmp_path, "gsm8k", [text])
+    write(tmp_path, "wikitext", [text | {"arguments": {"gen_args_0": {"arg_0": "a page"}}, "filtered_resps": ["-9.5"]}])
+    tasks, refused = read_logs(tmp_path)
+    assert list(tasks) == ["mmlu"]
+    assert list(refused) == ["gsm8k", "wikitext"]
+    assert run(tmp_path).exit_code == 0
 
 
 @pytest.mark.parametrize("wrap", [int, lambda gold: [gold]], ids=["index", "list of one"])
@@ -176,10 +204,11 @@ def test_lighteval_details(tmp_path, wrap):
         ({"target": lambda gold: 4 + gold}, "target '[4-7]' is not one of its options"),
         ({"target": lambda gold: [0, 1]}, r"target '\[0, 1\]' is not one of its options"),
         ({"target": lambda gold: (gold + 1) % 4}, "logged accuracies are not those"),
-        ({"filtered_resps": ["A"]}, "answered with text"),
+        ({"filtered_resps": ["A"]}, "answered by 'A'"),
+        ({"arguments": [["?"]] * 4}, "no pairs of a question and an option"),
         ({"filtered_resps": [["-1.0", "False"]] * 3}, "3 scores for 4 options"),
     ],
-    ids=["words", "order", "long", "beyond", "several", "accuracy", "text", "scores"],
+    ids=["words", "order", "long", "beyond", "several", "accuracy", "text", "requests", "scores"],
 )
 def test_a_task_that_is_not_about_positions_is_refused_by_name(tmp_path, change, reason):
     tasks, refused = read_logs(write(tmp_path, "boolq", samples(**change)))
@@ -208,10 +237,14 @@ def test_options_behind_different_questions_are_refused(tmp_path):
             "line 1 is no sample of lm-eval: it has no 'filtered",
         ),
         (lambda text: text.replace('"doc_id"', '"id"'), "it has no 'doc_id'"),
-        (lambda text: text.replace('"arg_1"', '"arg_0"'), "line 1: its 'arguments' are not"),
+        (lambda text: text.replace('{"gen_args_0"', '7, "x": {"gen_args_0"'), "line 1: its 'arguments' is '7'"),
+        (
+            lambda text: text.replace('"filtered_resps": [', '"filtered_resps": 5, "x": ['),
+            "line 1: its 'filtered_resps' is",
+        ),
         (lambda text: "", "has no samples"),
     ],
-    ids=["cut off", "no sample", "twice", "no answers", "no document", "arguments", "empty"],
+    ids=["cut off", "no sample", "twice", "no answers", "no document", "arguments", "answers", "empty"],
 )
 def test_a_damaged_log_names_its_line(tmp_path, spoil, message):
     path = write(tmp_path, "arc", samples())
@@ -260,6 +293,18 @@ def test_one_task_is_printed_whole_and_several_in_a_line_each(tmp_path, monkeypa
     assert process.exit_code == 0
     assert "all tasks" in process.output
     assert "pride_accuracy" not in process.output
+
+
+def test_bytes_that_are_no_text_name_their_line(tmp_path):
+    path = write(tmp_path, "arc", samples())
+    path.write_bytes(path.read_bytes().replace(b'"doc_id": 1,', b'"doc_id": \xff,', 1))
+    with pytest.raises(ValueError, match="line 2 is no JSON"):
+        read_logs(path)
+
+
+def test_the_anchor_may_be_an_index(tmp_path):
+    write(tmp_path, "one", samples())
+    assert run(tmp_path, "--anchor", "1", "--json").stdout == run(tmp_path, "--anchor", "B", "--json").stdout
 
 
 @pytest.mark.parametrize("option", [("--anchor", "AB"), ("--confidence", "1.5")], ids=["anchor", "confidence"])

@@ -29,6 +29,7 @@ class RefusedTaskError(ValueError):
 class TaskLog:
     """The items of one task: `scores`, n rows of one log-likelihood an option, and `gold`, n indices."""
 
+    task: str
     scores: list[list[float]]
     gold: list[int]
 
@@ -49,15 +50,17 @@ ItemOf = Callable[[Sample, str], _Item]
 def measure_logs(path: str | Path, **options: Any) -> tuple[dict[str, dict[str, int | float]], dict[str, str]]:
     """`bias_metrics(..., **options)` of every task of `read_logs` and, under "all tasks", of all their items together.
 
-    Returns the results by task, and the refused tasks with the reason.
+    Returns the results by task, and the refused tasks with the reason. Where a task was logged more than once, there is
+    no "all tasks": items that are counted twice make any difference look surer than it is.
 
     Raises:
         ValueError: there is no such log, a line of one is damaged, or an option is wrong.
     """
     tasks, refused = read_logs(path)
-    if len(tasks) > 1:
+    if len(tasks) > 1 and len({log.task for log in tasks.values()}) == len(tasks):
         logs = list(tasks.values())
-        tasks["all tasks"] = TaskLog([row for log in logs for row in log.scores], [i for log in logs for i in log.gold])
+        scores, gold = ([row for log in logs for row in getattr(log, part)] for part in ("scores", "gold"))
+        tasks["all tasks"] = TaskLog("all tasks", scores, gold)
     return {name: bias_metrics(task.scores, task.gold, **options) for name, task in tasks.items()}, refused
 
 
@@ -77,30 +80,31 @@ def read_logs(path: str | Path) -> tuple[dict[str, TaskLog], dict[str, str]]:
         raise ValueError(f"{path} {what}; give the {LM_EVAL} of lm-eval, the {LIGHTEVAL} of lighteval, or their folder")
     tasks, refused = {}, {}
     for file in files:
-        for name, item, samples in _parts(file):
+        for task, part, item, samples in _parts(file):
+            name = f"{task}{part}"
             if name in tasks or name in refused:
                 name += f" ({file.relative_to(path) if path.is_dir() else file})"
             try:
-                tasks[name] = _task([item(sample, where) for where, sample in samples])
+                tasks[name] = _task(task, [item(sample, where) for where, sample in samples])
             except RefusedTaskError as error:
                 refused[name] = str(error)
     return tasks, refused
 
 
-def _parts(file: Path) -> Iterator[tuple[str, ItemOf, Samples]]:
-    """Task, how its items are read, and its samples; a harness with several filters logs every item for each."""
+def _parts(file: Path) -> Iterator[tuple[str, str, ItemOf, Samples]]:
+    """Task, filter, how its items are read, and its samples; with several filters every item is logged for each."""
     kind, read, item = (
         (LIGHTEVAL, _rows, _lighteval_item) if file.suffix == ".parquet" else (LM_EVAL, _by_filter, _lm_eval_item)
     )
     task, parts = _DATE.sub("", file.stem.removeprefix(kind.partition("*")[0])), read(file)
     for name, samples in parts.items():
-        yield task if len(parts) == 1 else f"{task}, {name}", item, samples
+        yield task, "" if len(parts) == 1 else f", {name}", item, samples
 
 
-def _task(items: list[_Item]) -> TaskLog:
+def _task(task: str, items: list[_Item]) -> TaskLog:
     for item in items:
         _require_positions(item.options, item.scores)
-    return TaskLog([item.scores for item in items], _gold(items))
+    return TaskLog(task, [item.scores for item in items], _gold(items))
 
 
 def _require_positions(options: list[str], scores: list[float]) -> None:
@@ -133,9 +137,11 @@ def _gold(items: list[_Item]) -> list[int]:
     Where both could be meant ("2" of 1, 2, 3), the logged accuracies say which it is.
     """
     readable = [gold for read in (_as_index, _as_text) if None not in (gold := [read(item) for item in items])]
-    for gold in readable:
-        if all(map(_agrees, items, gold)):
-            return gold
+    agreeing = [gold for gold in readable if all(map(_agrees, items, gold))]
+    if len(agreeing) == 2 and agreeing[0] != agreeing[1]:
+        raise RefusedTaskError("its targets may be indices or options, and no accuracy (acc) is logged that would tell")
+    if agreeing:
+        return agreeing[0]
     if readable:
         raise RefusedTaskError("its logged accuracies are not those of its highest score against its targets")
     target = next(item.target for item in items if _as_index(item) is None and _as_text(item) is None)
@@ -182,13 +188,13 @@ def _by_filter(file: Path) -> dict[str, Samples]:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, Sample]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
                 sample = json.loads(line)
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # also of bytes that are not UTF-8
                 raise ValueError(f"{file}, line {number} is no JSON ({error}); was the log cut off?") from None
             if not isinstance(sample, dict):
                 raise ValueError(f"{file}, line {number} is no sample of lm-eval, but a {type(sample).__name__}")
@@ -202,17 +208,20 @@ def _entry(sample: Sample, key: str, where: str) -> Any:
 
 
 def _lm_eval_item(sample: Sample, where: str) -> _Item:
-    arguments, responses = _entry(sample, "arguments", where), _entry(sample, "filtered_resps", where)
-    if isinstance(arguments, dict):
-        arguments = [list(call.values()) if isinstance(call, dict) else call for call in arguments.values()]
-    if not all(isinstance(call, list) and len(call) >= 2 and isinstance(call[1], str) for call in arguments):
-        raise ValueError(f"{where}: its 'arguments' are not those of requests for log-likelihoods or texts")
+    calls, responses = _entry(sample, "arguments", where), _entry(sample, "filtered_resps", where)
+    if isinstance(calls, dict):
+        calls = [list(call.values()) if isinstance(call, dict) else call for call in calls.values()]
+    for what, entry in (("arguments", calls), ("filtered_resps", responses)):
+        if not isinstance(entry, list):
+            raise ValueError(f"{where}: its {what!r} is {str(entry)[:40]!r}, and a list is expected")
     scores = [_log_likelihood(response) for response in responses]
+    if not all(isinstance(call, list) and len(call) >= 2 and isinstance(call[1], str) for call in calls):
+        raise RefusedTaskError("its requests are no pairs of a question and an option")
     if "acc_mutual_info" in sample.get("metrics", ()):  # each option once more, without the question
-        arguments, scores = arguments[: len(arguments) // 2], scores[: len(scores) // 2]
-    if len({str(call[0]) for call in arguments}) > 1:
+        calls, scores = calls[: len(calls) // 2], scores[: len(scores) // 2]
+    if len({str(call[0]) for call in calls}) > 1:
         raise RefusedTaskError("its options come with different questions")
-    return _Item([call[1] for call in arguments], scores, _entry(sample, "target", where), sample.get("acc"))
+    return _Item([call[1] for call in calls], scores, _entry(sample, "target", where), sample.get("acc"))
 
 
 def _log_likelihood(response: Any) -> float:
@@ -220,9 +229,7 @@ def _log_likelihood(response: Any) -> float:
         score, _ = response
         return float(score)
     except (TypeError, ValueError):
-        raise RefusedTaskError(
-            f"it was answered with text ({str(response)[:30]!r}), not with one score an option"
-        ) from None
+        raise RefusedTaskError(f"it was answered by {str(response)[:30]!r}, not by one score an option") from None
 
 
 # --- lighteval

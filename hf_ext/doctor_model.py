@@ -1,0 +1,88 @@
+"""`hf-ext doctor --model DIR`: which of our strings a model folder carries, and whether they take effect here."""
+
+import json
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hf_ext import compat, registry
+
+FOREIGN = "not a name of hf_ext"
+OFF = "autoload is off: `import hf_ext` in the script"
+
+
+def examine_model(folder: Path, channel: str) -> dict[str, Any]:
+    """The attention names and the quantisation method of config.json, and the adapter type of adapter_config.json.
+
+    Raises:
+        ValueError: not a folder with one of the two files, or one does not hold an object.
+    """
+    files = {name: folder / name for name in ("config.json", "adapter_config.json") if (folder / name).is_file()}
+    if not files:
+        raise ValueError(f"--model {folder}: there is no config.json in it, and no adapter_config.json")
+    strings = []
+    for name, file in files.items():
+        for key, value, host in _strings(_object(file, folder)):
+            reason = _why_no_effect(value, host, folder, channel)
+            strings.append({"file": name, "key": key, "value": value, "effective": not reason, "reason": reason})
+    return {"path": str(folder), "strings": strings}
+
+
+def model_problems(model: dict[str, Any] | None) -> list[str]:
+    """Names that were meant to be ours and do nothing; a stock name is nobody's problem."""
+    return [
+        f"{model['path']}/{string['file']}: {string['key']} = {string['value']!r} has no effect: {string['reason']}"
+        for string in (model["strings"] if model else [])
+        if not string["effective"] and string["reason"] != FOREIGN
+    ]
+
+
+def _object(file: Path, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"--model {folder}: {file.name} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--model {folder}: {file.name} holds a {type(config).__name__}, not an object")
+    return config
+
+
+def _strings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """(key, value, the host that reads it) of every string in which one of our names may stand."""
+    for key, value in config.items():
+        if key == "attn_implementation":
+            yield prefix + key, value, "transformers"
+        elif prefix + key == "peft_type":
+            yield key, value, "peft"
+        elif prefix + key == "quantization_config.quant_method":
+            yield prefix + key, value, "transformers.quantizers"
+        elif isinstance(value, dict):
+            yield from _strings(value, f"{prefix}{key}.")
+
+
+def _why_no_effect(value: Any, host: str, folder: Path, channel: str) -> str | None:
+    names = registry.status()[host]["names"]
+    if value not in names:
+        near = get_close_matches(str(value), names, n=1)
+        return f"{FOREIGN}; did you mean {near[0]!r}?" if near else FOREIGN
+    if host == "transformers" and not compat.reads_attention_from_config():
+        return "this transformers ignores the key; pass attn_implementation to from_pretrained (it is read from 5.5 on)"
+    if channel == "off" and not (host == "peft" and compat.has_native_bone()):
+        return OFF
+    return _why_refused(value, folder) if host == "transformers" else None
+
+
+def _why_refused(name: str, folder: Path) -> str | None:
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from hf_ext.anchor_attention.support import NAMES, why_unsupported
+
+    if name not in NAMES:
+        return None
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return why_unsupported(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+    except (KeyError, ValueError, OSError) as error:
+        return f"transformers knows no causal language model for it ({type(error).__name__}: {error})"
