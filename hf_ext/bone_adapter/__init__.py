@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_ext.bone_adapter.check import CheckpointReport, check_checkpoint
     from hf_ext.bone_adapter.convert import convert_to_miss, from_miss, upgrade_checkpoint
     from hf_ext.bone_adapter.hotswap import hotswap_adapter
+    from hf_ext.bone_adapter.hub import push_to_hub
     from hf_ext.bone_adapter.lora import LoraExport, convert_to_lora
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "convert_to_miss",
     "from_miss",
     "hotswap_adapter",
+    "push_to_hub",
     "upgrade_checkpoint",
 ]
 
@@ -41,6 +43,7 @@ _HOME = {
     "convert_to_miss": "convert",
     "from_miss": "convert",
     "hotswap_adapter": "hotswap",
+    "push_to_hub": "hub",
     "upgrade_checkpoint": "convert",
 }
 

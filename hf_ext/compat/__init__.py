@@ -16,6 +16,15 @@ from packaging.version import Version
 
 from hf_ext.compat.datasets import stream_is_arrow
 from hf_ext.compat.evaluate import unwrap_evaluate_factory, wrap_evaluate_factory
+from hf_ext.compat.hub import (
+    HERE,
+    folder_of,
+    front_matter,
+    known_model,
+    may_write_card,
+    push_folder,
+    write_card,
+)
 from hf_ext.compat.names import Entry, RegistrationError, claim_all, release_all
 from hf_ext.compat.peft import (
     add_peft_method,

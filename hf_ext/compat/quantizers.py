@@ -9,6 +9,7 @@ from pathlib import Path
 from re import search
 from typing import Any
 
+from hf_ext.compat.hub import may_write_card, write_card
 from hf_ext.compat.names import Entry, claim_all, release_all
 
 _CLASSES = {"vit": "ViT", "deit": "DeiT", "swin": "Swin"}
@@ -136,7 +137,7 @@ def _with(conversions: list[Any], more: list[Any]) -> list[Any]:
 
 
 def leave_card(model: Any, card: Callable[[Any], str]) -> None:
-    """Have `model.save_pretrained` write `card(model)` to README.md where there is none.
+    """Have `model.save_pretrained` write `card(model)` to README.md, unless somebody's own is there.
 
     Quantisers are not told the folder, and the host writes a card only on the way to the hub, from its own template.
     """
@@ -152,9 +153,9 @@ def _save_with_card(
     **kwargs: Any,
 ) -> None:
     type(model).save_pretrained(model, save_directory, is_main_process, *args, **kwargs)
-    path = Path(save_directory, "README.md")
-    if is_main_process and path.parent.is_dir() and not path.exists():
-        path.write_text(card(model), encoding="utf-8")
+    folder = Path(save_directory)
+    if is_main_process and folder.is_dir() and may_write_card(folder):
+        write_card(folder, card(model))
 
 
 def _to_own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -1,6 +1,5 @@
 """Importance weights: fitted on a validation set, looked up by `datasets.map`, and what else is done with them."""
 
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,14 @@ from hf_ext.importance_weights import saving, votes
 from hf_ext.importance_weights.checkpoint import Checkpoints
 from hf_ext.importance_weights.config import ImportanceConfig, check_count
 from hf_ext.importance_weights.fit import solve
+from hf_ext.importance_weights.hub import SavedWeights
 from hf_ext.importance_weights.lists import compact
 from hf_ext.importance_weights.lookup import Lookup, find
 from hf_ext.importance_weights.problem import prepare
 from hf_ext.importance_weights.ranks import Ranks
 
 
-class ImportanceWeights:
+class ImportanceWeights(SavedWeights):
     """How much each document, or source, of a retrieval corpus helps (arXiv 2307.03027).
 
     `fit` learns a weight for every id, or group of ids, that a validation set's lists of retrieved ids hold, from one
@@ -360,23 +360,7 @@ class ImportanceWeights:
         lists = judge.lists
         return find(self.config.key_column, self.keys, lists.keys)[lists.players()]
 
-    # --- files and copies
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json, importance.safetensors, keys.arrow and history.json into a folder."""
-        saving.write(Path(directory), self.config, self._fitted)
-
-    @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "ImportanceWeights":
-        """Read what `save_pretrained` wrote.
-
-        Raises:
-            OSError: no such folder, or without config.json. ValueError: of a newer format, or damaged.
-        """
-        config, state = saving.read(Path(os.fspath(directory)))
-        weights = cls(**config.to_dict())
-        weights._state = state
-        return weights
+    # --- copies
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Also what `datasets` hashes: what a row's weight depends on, and nothing that use changes."""

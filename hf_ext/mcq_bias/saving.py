@@ -10,7 +10,7 @@ from hf_ext import compat
 FILE = "mcq_bias.json"
 
 CARD = """{head}
-# A repair of {kind} that prefers the answer {anchor}
+# A repair of a {kind} that preferred the answer {anchor}
 
 A LoRA adapter of rank one that takes a preference for the letter {anchor} in multiple-choice questions out of a model,
 fitted {labels} by `hf_ext.mcq_bias.mitigate`. The preference is that of

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hf_ext.ofq_quantizer.onnx_export import export_onnx
     from hf_ext.ofq_quantizer.ops import low_confidence, lsq, lsq_init, statsq, statsq_codes
     from hf_ext.ofq_quantizer.oscillation import OscillationCallback, OscillationTracker
-    from hf_ext.ofq_quantizer.packed import export_fp, load_packed, save_packed
+    from hf_ext.ofq_quantizer.packed import export_fp, load_packed, push_to_hub, save_packed
     from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
     from hf_ext.ofq_quantizer.reporting import OFQReport, report
 
@@ -38,6 +38,7 @@ __all__ = [
     "lsq",
     "lsq_init",
     "pack_codes",
+    "push_to_hub",
     "quantize",
     "report",
     "save_packed",
@@ -69,6 +70,7 @@ _HOME = {
     "lsq": "ops",
     "lsq_init": "ops",
     "pack_codes": "packing",
+    "push_to_hub": "packed",
     "quantize": "convert",
     "report": "reporting",
     "save_packed": "packed",

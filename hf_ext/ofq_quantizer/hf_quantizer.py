@@ -4,11 +4,8 @@ Saved files hold the latent weights. So that a process without hf_ext does not t
 quantised weight is written with one extra leading axis, at which every loader that does not know of it stops.
 """
 
-from pathlib import Path
-from re import fullmatch
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
@@ -27,10 +24,7 @@ NOTE = (
     "file"
 )
 
-CARD = """---
-{metadata}
----
-
+CARD = """{head}
 # {kind}, quantised with OFQ
 
 {w_bits}-bit weights and {a_bits}-bit activations, after [arXiv 2302.02210](https://arxiv.org/abs/2302.02210). Where
@@ -39,7 +33,7 @@ hf_ext is installed, this reads the folder, to evaluate the model or to train it
 ```python
 from transformers import {kind}
 
-model = {kind}.from_pretrained("PATH_OF_THIS_FOLDER")
+model = {kind}.from_pretrained("{here}")
 ```
 
 What the files hold: {note}.
@@ -156,11 +150,14 @@ def _introduce(model: nn.Module, quantizer: OFQHfQuantizer) -> None:
 
 def model_card(model: nn.Module) -> str:
     """What README.md says beside a saved model: how to read it, and what its extra axis is."""
-    config, source = model.config.quantization_config, model.config.name_or_path or ""
-    base = source if fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not Path(source).exists() else None
-    metadata = ModelCardData(library_name="transformers", tags=model.model_tags, base_model=base).to_yaml()
+    config = model.config.quantization_config
     return CARD.format(
-        metadata=metadata, kind=type(model).__name__, w_bits=config.w_bits, a_bits=config.a_bits, note=NOTE
+        head=compat.front_matter("transformers", model.model_tags, model.config.name_or_path),
+        kind=type(model).__name__,
+        here=compat.HERE,
+        w_bits=config.w_bits,
+        a_bits=config.a_bits,
+        note=NOTE,
     )
 
 

@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_ext import compat
 from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
 from hf_ext.ofq_quantizer.freezing import drop_latents, freeze, frozen_copy, require_finite_weights
 from hf_ext.ofq_quantizer.frozen import FrozenWeight
 from hf_ext.ofq_quantizer.origin import build, describe, save_plain
+from hf_ext.ofq_quantizer.packed_card import packed_card
 from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
 from hf_ext.ofq_quantizer.probe import image_shape
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
@@ -34,7 +36,8 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
 
     Args:
         model: a quantised model of timm or transformers, in any mode.
-        directory: gets config.json and model.safetensors; made where it is missing.
+        directory: gets config.json, model.safetensors and, unless somebody's own is there, README.md; made where it is
+            missing.
         model_args: for a model of timm whose arguments timm has not recorded: those of its `create_model`.
 
     Raises:
@@ -57,18 +60,77 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
     save_file(tensors, directory / TENSORS, metadata={"format": FORMAT})
     fields = {"ofq": config.to_dict(), "base": about, "sha256": _digest(directory / TENSORS)}
     (directory / CONFIG).write_text(json.dumps(STOPS | {"format_version": VERSION} | fields, indent=1) + "\n")
+    if compat.may_write_card(directory):
+        compat.write_card(directory, packed_card(about, config, (directory / TENSORS).stat().st_size))
 
 
-def load_packed(directory: str | Path) -> nn.Module:
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    model_args: dict[str, Any] | None = None,
+    *,
+    commit_message: str = "Upload packed OFQ model",
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Pack a calibrated model and upload it to the hub with a card; `load_packed(repo_id)` reads it.
+
+    Args:
+        model, model_args: as for `save_packed`.
+        repo_id: "user/name"; made where it is missing. A card that it has stays, unless it is an unedited one of ours.
+        commit_message: of the one commit.
+        private: of a repository that is made now; None: public, unless its organisation has another default.
+        token: None: the stored one.
+        revision: branch to write to, made where it is missing.
+        create_pr: propose the commit as a pull request.
+
+    Returns:
+        The URL of the commit.
+
+    Raises:
+        ValueError: as `save_packed` does, before anything is uploaded; or `repo_id` is no id.
+    """
+    return compat.push_folder(
+        lambda folder: save_packed(model, folder, model_args),
+        repo_id,
+        commit_message=commit_message,
+        private=private,
+        token=token,
+        revision=revision,
+        create_pr=create_pr,
+    )
+
+
+def load_packed(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> nn.Module:
     """Read what `save_packed` wrote: a model in evaluation mode that gives the same logits, bit for bit.
 
     It holds integers, and no latent weights to train.
 
+    Args:
+        source: a folder, or a repository "user/name" of the hub.
+        revision, token, cache_dir, local_files_only: of the repository, as in `from_pretrained` of transformers.
+
     Raises:
-        FileNotFoundError: there is no config.json or model.safetensors.
-        ValueError: the folder is none of `save_packed`, of a newer one, or damaged.
+        FileNotFoundError: no such folder or repository, or without config.json or model.safetensors.
+        ValueError: it is none of `save_packed`, of a newer one, or damaged.
     """
-    directory = Path(directory)
+    directory = compat.folder_of(
+        source,
+        (CONFIG, TENSORS),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     config = _read_config(directory / CONFIG)
     if _digest(directory / TENSORS) != config["sha256"]:
         raise ValueError(
