@@ -195,6 +195,26 @@ def test_lighteval_details(tmp_path, wrap):
 # --- what is refused
 
 
+@pytest.mark.parametrize("name", ["results_2026.json", "samples_mmlu.jsonl.gz"])
+def test_another_file_is_refused_by_its_name(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match=re.escape(name)):
+        read_logs(tmp_path / name)
+
+
+@pytest.mark.parametrize("spoilt", [{"choices": [" A", None]}, {"logprobs": [-1.0, None]}], ids=["choice", "score"])
+def test_details_without_a_text_or_a_score_are_refused(tmp_path, spoilt):
+    whole = {"choices": [" A", " B"], "logprobs": [-1.0, -2.0]} | spoilt
+    row = {"doc": {"choices": whole["choices"], "gold_index": 0}, "model_response": {"logprobs": whole["logprobs"]}}
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / f"details_mmlu_{DATE}.parquet")
+    assert "without a text or a score" in read_logs(tmp_path)[1]["mmlu"]
+
+
+def test_a_number_that_no_float_holds_is_refused(tmp_path):
+    line = samples()[0] | {"filtered_resps": [[10**400, False]] * 4}
+    assert "not by one score" in read_logs(write(tmp_path, "mmlu", [line]))[1]["mmlu"]
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

@@ -74,6 +74,8 @@ def read_logs(path: str | Path) -> tuple[dict[str, TaskLog], dict[str, str]]:
         ValueError: there is no such log, or a line of one is damaged.
     """
     path = Path(path)
+    if path.is_file() and path.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"{path} is neither {LM_EVAL} of lm-eval (unpacked) nor {LIGHTEVAL} of lighteval")
     files = [path] if path.is_file() else sorted(file for kind in (LM_EVAL, LIGHTEVAL) for file in path.rglob(kind))
     if not files:
         what = "has no such file" if path.is_dir() else "does not exist"
@@ -228,7 +230,7 @@ def _log_likelihood(response: Any) -> float:
     try:
         score, _ = response
         return float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RefusedTaskError(f"it was answered by {str(response)[:30]!r}, not by one score an option") from None
 
 
@@ -259,4 +261,6 @@ def _lighteval_item(row: Sample, where: str) -> _Item:
     gold = gold if isinstance(gold, list) else [gold]
     if len(gold) != 1:
         raise RefusedTaskError(f"it has an item with {len(gold)} right answers")
+    if not all(isinstance(option, str) for option in options or ()) or None in (scores or ()):
+        raise RefusedTaskError("it has an item without a text or a score for each option")
     return _Item(list(options or ()), list(scores or ()), gold[0], None)
