@@ -424,7 +424,8 @@ assert "hf_ext" not in sys.modules
 
 def snapshot():
     tables = [dict(x._global_mapping) for x in (modeling.AttentionInterface, masking.AttentionMaskInterface)]
-    return tables, PreTrainedModel.get_correct_attn_implementation, list(sys.meta_path)
+    finders = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_ext")]
+    return tables, PreTrainedModel.get_correct_attn_implementation, finders
 
 config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
 def build():

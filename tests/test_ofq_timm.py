@@ -18,7 +18,9 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ext import compat
 from hf_ext.ofq_quantizer import OFQConfig, activation_quantizers, calibrate, quantize
+from hf_ext.ofq_quantizer.timm_models import entry_points
 
 VIT_NAME = FAMILIES["vit"][0]
 RECIPES = [f"ofq_w{w}a{a}{end}" for w in (2, 3, 4) for a in (2, 3, 4, 8) for end in ("", "_qkr")]
@@ -53,6 +55,37 @@ def test_the_strings_are_in_the_table_of_timm():
     for recipe in RECIPES:
         assert timm.is_model(recipe)
         assert timm.models.model_entrypoint(recipe).__name__ == recipe
+
+
+@pytest.mark.skipif(not hasattr(timm.models, "resolve_model_input_args"), reason="timm's scripts do not use it yet")
+def test_what_scripts_resolve_beforehand_is_the_architecture_under_the_recipe():
+    """As train.py and validate.py have it: `--input-size 3 32 32` of a model of one size."""
+    asked = {"args": {"input_size": [3, 32, 32]}, "num_classes": 7, "patch_size": 8, "depth": 1}
+    resolved = timm.models.resolve_model_input_args(f"ofq_w2a2.{VIT_NAME}", **asked)
+    stock = timm.models.resolve_model_input_args(VIT_NAME, **asked)
+    assert {name: resolved[name] for name in stock if name not in ("model_name", "pretrained_cfg")} == {
+        name: value for name, value in stock.items() if name not in ("model_name", "pretrained_cfg")
+    }
+    model, base = timm.create_model(**resolved), timm.create_model(**stock)
+    assert activation_quantizers(model)
+    assert (model.patch_embed.img_size, model.num_classes) == (base.patch_embed.img_size, 7)
+    for key in ("mean", "std", "input_size", "crop_pct"):
+        assert model.pretrained_cfg[key] == base.pretrained_cfg[key], key
+    overlaid = timm.models.resolve_model_input_args(f"ofq_w2a2.{VIT_NAME}", pretrained_cfg_overlay={"crop_pct": 0.5})
+    assert timm.create_model(**overlaid).pretrained_cfg["crop_pct"] == 0.5
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        timm.models.resolve_model_input_args("ofq_w2a2.vit_tny")
+
+
+@pytest.mark.skipif(not hasattr(timm.models, "resolve_model_input_args"), reason="timm's scripts do not use it yet")
+def test_the_function_of_the_scripts_is_put_back():
+    ours = timm.models.resolve_model_input_args
+    compat.remove_timm_models(entry_points())
+    try:
+        assert timm.models.resolve_model_input_args is ours.__wrapped__
+    finally:
+        compat.add_timm_models(entry_points())
+    assert timm.models.resolve_model_input_args.__wrapped__ is ours.__wrapped__
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

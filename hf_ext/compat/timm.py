@@ -1,7 +1,8 @@
 """timm: its table of models, and how it builds and loads them."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import wraps
 from typing import Any
 
 from hf_ext.compat.names import Entry, claim_all, refuse_foreign, release
@@ -19,6 +20,7 @@ def add_timm_models(entry_points: dict[str, Callable[..., Any]]) -> None:
         module = function.__module__.rpartition(".")[2]
         registry._model_to_module[name] = module
         registry._module_to_models[module].add(name)
+    _wrap_resolver(entry_points)
 
 
 def remove_timm_models(entry_points: dict[str, Callable[..., Any]]) -> None:
@@ -28,6 +30,7 @@ def remove_timm_models(entry_points: dict[str, Callable[..., Any]]) -> None:
         RegistrationError: somebody put their own there meanwhile, which stays.
     """
     registry, entries = _registry(), _entries(entry_points)
+    _unwrap_resolver()
     release(entries)
     for name, function in entry_points.items():
         if name in registry._model_entrypoints:
@@ -39,6 +42,45 @@ def remove_timm_models(entry_points: dict[str, Callable[..., Any]]) -> None:
             if not registry._module_to_models[module]:
                 del registry._module_to_models[module]
     refuse_foreign(entries, "timm", "What hf_ext had there was replaced after it registered.")
+
+
+# --- timm 1.0.31 has its scripts turn a name into arguments of create_model beforehand. For a name without a
+# configuration of its own that loses what follows the dot. Goes when timm keeps it.
+_RESOLVER = "resolve_model_input_args"
+
+
+def _wrap_resolver(recipes: Collection[str]) -> None:
+    """Have `recipe.architecture` resolved as the architecture is, and created under the recipe. Idempotent."""
+    from timm import models
+
+    original = getattr(models, _RESOLVER, None)
+    if original is None or _is_ours(original):
+        return
+
+    @wraps(original)
+    def resolve_model_input_args(model_name: str, args: Any = None, **kwargs: Any) -> dict[str, Any]:
+        recipe, _, architecture = model_name.partition(".")
+        if recipe not in recipes or not architecture or kwargs.get("pretrained_cfg"):
+            return original(model_name, args, **kwargs)
+        resolved = original(architecture, args, **kwargs) | {"model_name": recipe, "pretrained_cfg": architecture}
+        overlay = kwargs.get("pretrained_cfg_overlay")
+        return resolved if overlay is None else resolved | {"pretrained_cfg_overlay": overlay}
+
+    setattr(models, _RESOLVER, resolve_model_input_args)
+
+
+def _unwrap_resolver() -> None:
+    """Put back the very function that was there; what somebody put there since stays."""
+    from timm import models
+
+    current = getattr(models, _RESOLVER, None)
+    if _is_ours(current):
+        setattr(models, _RESOLVER, current.__wrapped__)
+
+
+def _is_ours(function: Any) -> bool:
+    """Also what an earlier import of this module left."""
+    return getattr(getattr(function, "__code__", None), "co_filename", None) == __file__
 
 
 def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = None, **kwargs: Any) -> Any:
