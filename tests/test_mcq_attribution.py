@@ -532,10 +532,10 @@ def test_the_lens_is_blind_to_size():
         ({"target": "gold", "rows": [{"prompt": "p", "num_choices": 2}]}, r"examples\[0\]: it has no 'label'"),
         ({"rows": []}, r"there are no examples"),
         ({"anchor": "C"}, r"examples\[0\]: the anchor C is beyond its 2 choices"),
-        ({"anchor": "AA"}, r"anchor='AA' is neither a letter A to Z nor an index 0 to 25"),
+        ({"anchor": "AA"}, r"anchor='AA' is neither an index 0 to 25 nor a letter A to Z"),
         ({"anchor": 26}, r"anchor=26 is neither"),
         ({"batch_size": 0}, r"batch_size=0 is no integer of at least 1"),
-        ({"rows": [{"prompt": "w1 " * 65, "num_choices": 2, "label": 0}]}, r"prompts\[0\] has 65 tokens"),
+        ({"rows": [{"prompt": "w1 " * 65, "num_choices": 2, "label": 0}]}, r"examples\[0\] has 65 tokens"),
         ({"letter_prefix": " w1 "}, r"'A' is not one token"),
     ],
 )
@@ -597,3 +597,45 @@ def test_numbers_that_are_not_finite():
         model.transformer.h[0].mlp.c_proj.bias[0] = torch.nan
     with pytest.raises(ValueError, match=r"or numbers that are not finite"):
         attributed(model)
+
+
+def test_a_wrapper_is_named():
+    with pytest.raises(ValueError, match=r"DataParallel wraps a GPT2LMHeadModel.*unwrap_model"):
+        attributed(torch.nn.DataParallel(exact("gpt2")))
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = exact("gpt2")
+    model.transformer.h[1].to("meta")
+    with pytest.raises(ValueError, match=r"on cpu, meta: load it onto one device"):
+        attributed(model)
+
+
+def test_result_says_what_it_is_and_is_not_compared_by_its_arrays():
+    result = attributed(exact("gpt2"), target="runner_up")
+    assert repr(result) == (
+        f"BiasAttribution(anchor='A', target='runner_up', 7 rows of which {result.selected.sum()} selected, "
+        "2 layers of 96 neurons and 3 heads)"
+    )
+    assert result == result
+    assert result != attributed(exact("gpt2"), target="runner_up")
+
+
+@pytest.mark.parametrize("part", ["model", "block"])
+def test_what_torch_compile_returned_is_refused(part):
+    """PEFT would save an adapter under names that the model itself does not have."""
+    model = exact("gpt2")
+    if part == "model":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.transformer.h[0] = torch.compile(model.transformer.h[0], backend="eager")
+    with pytest.raises(ValueError, match=r"what torch.compile returned.*in place, model.compile\(\)"):
+        attributed(model)
+
+
+@pytest.mark.parametrize("part", ["model", "blocks"])
+def test_a_model_compiled_in_place_is_run_as_it_is(part):
+    model, expected = exact("gpt2"), attributed(exact("gpt2"))
+    for module in [model] if part == "model" else model.transformer.h:
+        module.compile(backend="eager")
+    np.testing.assert_allclose(attributed(model).neurons, expected.neurons, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,43 @@ def test_missing_labels_of_pandas_are_no_group():
     rows = draw_groups(2)
     rows["group"] = [math.nan if i % 2 else None for i in range(len(rows["references"]))]
     assert fast(**rows)["n_groups"] == 0
+
+
+def of_answers(predictions, references, **columns):
+    return fast(predictions=predictions, references=references, **columns)
+
+
+def test_what_is_missing_in_a_column_of_pandas_is_no_answer_and_no_group():
+    """It writes None as NaN in columns of text, and as NA in others."""
+    import pandas as pd
+
+    expected = of_answers(["A", None, "B"], ["A", "B", "B"], num_choices=2, group=["q", "", "r"])
+    assert expected["n_invalid"] == 1
+    letters, numbers = pd.Series(["A", None, "B"]), pd.Series([0, None, 1], dtype="Int64")
+    group = pd.Series(["q", None, "r"])
+    for predictions in (letters, letters.astype(object), letters.astype("string"), numbers, list(numbers)):
+        for labels in (group, group.astype(object), group.convert_dtypes(), list(group.convert_dtypes())):
+            found = of_answers(predictions, ["A", "B", "B"], num_choices=2, group=labels)
+            assert differences(found, expected) == {}
+    assert of_answers(pd.Series([0.0, 1.0, 1.0]), [0, 1, 1], num_choices=2)["accuracy"] == 1
+
+
+def test_what_is_masked_is_no_answer():
+    masked = np.ma.masked_array([0, 1, 1], mask=[1, 0, 0])
+    assert (
+        differences(of_answers(masked, [0, 1, 1], num_choices=3), of_answers([-1, 1, 1], [0, 1, 1], num_choices=3))
+        == {}
+    )
+    scores = np.ma.masked_array(np.arange(6).reshape(3, 2), mask=[[0, 1], [0, 0], [0, 0]])
+    assert of_answers(scores, [0, 1, 1])["n_invalid"] == 1
+    with pytest.raises(ValueError, match=r"references\[0\]=None"):
+        of_answers([0, 1, 1], masked, num_choices=3)
+
+
+@pytest.mark.parametrize(("hits", "end"), [(0, "accuracy_low"), (1, "accuracy_high")])
+def test_intervals_end_exactly_at_none_and_all(hits, end):
+    for n in range(1, 40):
+        assert of_answers([hits] * n, [1] * n, num_choices=2)[end] == hits
 
 
 def test_permutations_may_be_padded_to_one_array():
@@ -362,3 +400,12 @@ def test_same_seed_same_interval():
     assert one["recall_std_low"] == same["recall_std_low"] != other["recall_std_low"]
     assert math.isnan(bias_metrics(**rows, n_resamples=0)["recall_std_low"])
     assert differences(one, {name: x for name, x in other.items() if "std_" not in name}) == {}
+
+
+def test_padding_without_num_choices_is_warned_of():
+    scores, gold = [[0.0, 1.0, -np.inf], [2.0, 0.0, 1.0]], [1, 0]
+    with pytest.warns(UserWarning, match="rows of scores end in -inf"):
+        bias_metrics(scores, gold, n_resamples=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bias_metrics(scores, gold, num_choices=[2, 3], n_resamples=0)["accuracy"] == 1.0

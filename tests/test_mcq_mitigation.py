@@ -15,12 +15,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from hf_ext.mcq_bias import (
     attribute,
     bias_metrics,
+    load_mitigation,
     mitigate,
     mitigation_report,
     save_mitigation,
     score_choices,
 )
-from hf_ext.mcq_bias.strength import matching_strength, over_answers
+from hf_ext.mcq_bias.strength import Exam, matching_strength, over_answers
 
 TOKENIZER = word_tokenizer()
 DEV, HELD_OUT = examples(40), examples(30, seed=1)
@@ -473,18 +474,21 @@ BAD = {
     "shift_of_heads": ({"method": "shift", "components": "both"}, ["'shift'", "'both'", "'mlp'"]),
     "paper_of_heads": ({"method": "paper", "components": "attention"}, ["'paper'", "'attention'"]),
     "anchor": ({"anchor": "AB"}, ["'AB'"]),
-    "anchor_beyond": ({"anchor": "C"}, ["examples[0]", "C", "2"]),
+    "anchor_beyond": ({"anchor": "C"}, ["dev_examples[0]", "C", "2"]),
     "batch_size": ({"batch_size": 0}, ["batch_size=0"]),
     "prefix": ({"letter_prefix": " w1 "}, ["one token"]),
-    "guard_without_labels": ({"guard_examples": LABELS["missing"]}, ["examples[0]", "label"]),
+    "guard_without_labels": ({"guard_examples": LABELS["missing"]}, ["guard_examples[0]", "label"]),
     "guard_from_the_fit": ({"guard_examples": DEV[:3]}, ["guard_examples", "3", "dev_examples"]),
-    "long_guard": ({"guard_examples": [{"prompt": "w1 " * 70, "num_choices": 2, "label": 0}]}, ["70 tokens", "64"]),
+    "long_guard": (
+        {"guard_examples": [{"prompt": "w1 " * 70, "num_choices": 2, "label": 0}]},
+        ["guard_examples[0]", "70 tokens", "64"],
+    ),
 }
 BAD_DEV = {
-    "empty": ([], {}, ["no examples"]),
+    "empty": ([], {}, ["dev_examples", "no examples"]),
     "no_choices": ([{"prompt": "w1 Answer:"}], {}, ["examples[0]", "num_choices"]),
     "paper_without_labels": (LABELS["missing"], {"method": "paper"}, ["examples[0]", "label"]),
-    "too_long": ([*DEV, {"prompt": "w1 " * 65, "num_choices": 5}], {}, ["prompts[40]", "65", "64"]),
+    "too_long": ([*DEV, {"prompt": "w1 " * 65, "num_choices": 5}], {}, ["dev_examples[40]", "65", "64"]),
     "a_text": ("w1 Answer:", {}, ["str"]),
 }
 
@@ -600,3 +604,139 @@ def test_report_needs_labels_and_an_adapter():
         mitigation_report(pm, TOKENIZER, LABELS["missing"], progress=False)
     with pytest.raises(ValueError, match="GPT2LMHeadModel"):
         mitigation_report(pm.unload(), TOKENIZER, HELD_OUT, progress=False)
+
+
+def test_report_asks_as_the_fit_did():
+    """Anchor, letter prefix and BOS are those of the fit unless given; others cause a warning."""
+    fitted = {"anchor": "B", "letter_prefix": "", "prepend_bos": True}
+    pm = mitigate(biased(letter="B"), TOKENIZER, DEV, **fitted, **GIVEN)
+    assert {name: pm.mcq_bias[name] for name in fitted} == fitted
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = mitigation_report(pm, TOKENIZER, HELD_OUT, progress=False)
+        same_again = mitigation_report(pm, TOKENIZER, HELD_OUT, **fitted | {"anchor": 1}, progress=False)
+    assert report.anchor == "B"
+    np.testing.assert_equal(report.after, same_again.after)
+    scores = score_choices(pm, TOKENIZER, *asked(HELD_OUT), letter_prefix="", prepend_bos=True, progress=False)
+    labels = [row["label"] for row in HELD_OUT]
+    expected = bias_metrics(scores.scores, labels, num_choices=scores.num_choices, anchor="B")
+    assert report.after["anchored_bias_rate"] == expected["anchored_bias_rate"]
+    for name, value in (("anchor", "A"), ("prepend_bos", False), ("letter_prefix", " ")):
+        with pytest.warns(UserWarning, match=f"{name}={value!r}, and the fit had {fitted[name]!r}"):
+            mitigation_report(pm, TOKENIZER, HELD_OUT, **{name: value}, progress=False)
+
+
+def test_report_names_its_rows():
+    pm = mitigate(biased(), TOKENIZER, DEV, **GIVEN)
+    with pytest.raises(ValueError, match=r"examples\[1\] has 70 tokens"):
+        mitigation_report(pm, TOKENIZER, [HELD_OUT[0], {"prompt": "w1 " * 70, "num_choices": 2, "label": 0}])
+
+
+def test_unloaded_model_is_frozen_and_can_be_trained_again():
+    """PEFT freezes what it wraps, and leaves it so."""
+    model = biased()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    back = mitigate(model, TOKENIZER, DEV, **GIVEN).unload()
+    assert not any(parameter.requires_grad for parameter in back.parameters())
+    back.requires_grad_(True)(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in back.parameters())
+
+
+@pytest.mark.parametrize("method", ["project", "shift", "paper"])
+@pytest.mark.filterwarnings("ignore:method='paper' without guard")
+def test_edits_keep_their_precision_under_autocast(method):
+    model = biased(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pm = mitigate(model, TOKENIZER, DEV, method=method, **GIVEN)
+    weights = adapter(pm)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert not all(torch.equal(weight, weight.bfloat16().float()) for name, weight in weights.items() if "_B" in name)
+    if method == "project":
+        u = bias_vector(model)
+        for layer, neurons in pm.mcq_bias["edited"].items():
+            [read] = [weight[0] for name, weight in weights.items() if f"{mlp(model, layer)}.lora_A" in name]
+            expected = vectors(model, mlp(model, layer)).double() @ u
+            assert (read - expected)[neurons].abs().max() < 1e-6
+
+
+def test_warning_points_at_the_caller(monkeypatch):
+    monkeypatch.setattr(Exam, "share", lambda *_: 0.9)
+    with pytest.warns(UserWarning, match="does not fall to") as caught:
+        mitigate(biased(), TOKENIZER, DEV, **QUIET)
+    assert {warning.filename for warning in caught if "does not fall" in str(warning.message)} == {__file__}
+
+
+def test_wrapper_and_model_on_several_devices_are_refused():
+    model = biased()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"DataParallel wraps a GPT2LMHeadModel"):
+        mitigate(torch.nn.DataParallel(model), TOKENIZER, DEV, **GIVEN)
+    assert untouched(model, before)
+
+
+# --- logits that are not finite
+
+
+def test_prompt_without_an_answer_is_no_success():
+    """Else an edit that ruins the model would count as one that keeps it from saying A."""
+    model = biased()
+    exam = Exam(model, TOKENIZER, *asked(DEV), {"batch_size": 64, "letter_prefix": " ", "prepend_bos": False}, "dev")
+    assert 0 < exam.share(0) < 1
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = math.nan
+    assert exam.share(0) == math.inf
+
+
+def test_search_keeps_away_from_strengths_that_ruin_the_model():
+    with pytest.warns(UserWarning, match=r"the best is 0\.550, at strength 2"):
+        strength, share = matching_strength(lambda s: math.inf if s >= 4 else 0.8 - s / 8, 0.2, 0, progress=False)
+    assert (strength, share) == (2.0, 0.55)
+
+
+@pytest.mark.parametrize("broken", ["before", "by_the_edit"])
+def test_logits_that_are_not_finite_are_refused(broken):
+    model = biased(dtype=torch.float32)
+    if broken == "before":
+        with torch.no_grad():
+            model.transformer.ln_f.bias[0] = math.nan
+    before = state(model)
+    options = {"strength": 3e38} if broken == "by_the_edit" else {}
+    words = "at strength 3e\\+38" if broken == "by_the_edit" else "as it is"
+    with pytest.raises(ValueError, match=f"not finite {words}"):
+        mitigate(model, TOKENIZER, DEV, **options, **QUIET)
+    assert all(
+        torch.equal(tensor.nan_to_num(), before[name].nan_to_num()) for name, tensor in model.state_dict().items()
+    )
+    assert not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+# --- loading with the record
+
+
+def test_loaded_with_its_record(tmp_path):
+    pm = mitigate(biased(), TOKENIZER, DEV, components="both", **GIVEN)
+    save_mitigation(pm, tmp_path / "one")
+    again = load_mitigation(biased(), tmp_path / "one")
+    assert again.mcq_bias == pm.mcq_bias
+    assert torch.equal(logits(again), logits(pm))
+    with pytest.warns(UserWarning, match="2 of the 32 prompts occurred in the fit"):
+        mitigation_report(again, TOKENIZER, [*HELD_OUT, *DEV[:2]], progress=False)
+    save_mitigation(again, tmp_path / "two")
+    assert (tmp_path / "two" / "mcq_bias.json").read_text() == (tmp_path / "one" / "mcq_bias.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "words"),
+    [(None, OSError, "holds no mcq_bias.json"), ("{", ValueError, "damaged"), ("[]", ValueError, "damaged")],
+    ids=["missing", "half", "list"],
+)
+def test_record_that_cannot_be_read_leaves_the_model_alone(tmp_path, text, error, words):
+    save_mitigation(mitigate(biased(), TOKENIZER, DEV, **GIVEN), tmp_path)
+    (tmp_path / "mcq_bias.json").unlink()
+    if text:
+        (tmp_path / "mcq_bias.json").write_text(text)
+    model = biased()
+    before = state(model)
+    with pytest.raises(error, match=words):
+        load_mitigation(model, tmp_path)
+    assert untouched(model, before)

@@ -62,7 +62,13 @@ def test_the_model_is_back_and_the_adapter_saved(ran):
     assert (ran["at"] / "repair" / "mcq_bias.json").exists()
 
 
+def test_attention_is_evened_and_the_configuration_saved(ran):
+    assert (ran["at"] / "evened" / "recalibration.json").exists()
+    assert ran["positions"].shape == (len(ran["items"]), 4)
+    plain = ran["score_choices"](ran["model"], ran["tokenizer"], ran["prompts"][7:8], 4, progress=False)
+    assert abs(ran["evened"].scores - plain.scores).max() > 1e-6
+
+
 def test_every_public_name_is_mentioned_there_or_in_the_card():
     text = README.read_text(encoding="utf-8") + (README.parent / "anchored_mcq_bias" / "README.md").read_text()
-    classes = {"AnchoredMCQBias", "BiasAttribution", "ChoiceScores", "MitigationReport", "RecalibrationConfig"}
-    assert not [name for name in set(hf_ext.mcq_bias.__all__) - classes if name not in text]
+    assert not [name for name in hf_ext.mcq_bias.__all__ if name not in text]

@@ -7,12 +7,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from mcq_models import FAMILIES, tiny_model
+from mcq_models import FAMILIES, LETTERS, WORDS, prompts_and_counts, tiny_model, word_tokenizer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, masking_utils, modeling_utils
 
 import hf_ext
-from hf_ext.mcq_bias import RecalibrationConfig, recalibrate_attention
+from hf_ext.mcq_bias import RecalibrationConfig, attribute, option_positions, recalibrate_attention, score_choices
 from hf_ext.mcq_bias.attention import NAME, watched_attention
 
 ROWS, LENGTH = 3, 9
@@ -363,10 +363,11 @@ def test_configuration_stands_for_heads_and_mode():
         assert torch.equal(logits(model), expected)
 
 
-def test_configuration_that_contradicts_the_mode():
+@pytest.mark.parametrize(("configured", "given"), [("swap", "equalise"), ("equalise", "swap")])
+def test_configuration_that_contradicts_the_mode(configured, given):
     with (
-        pytest.raises(ValueError, match="contradicts"),
-        recalibrate_attention(tiny_model("gpt2"), RecalibrationConfig("all", "swap"), POSITIONS, "equalise"),
+        pytest.raises(ValueError, match=f"mode='{given}' contradicts .*'{configured}'"),
+        recalibrate_attention(tiny_model("gpt2"), RecalibrationConfig("all", configured), POSITIONS, given),
     ):
         pass
 
@@ -495,3 +496,150 @@ def test_tokens_behind_a_cache_are_left_alone_and_said():
         assert not log.warning_once.called
         model(input_ids=IDS[:, :3], past_key_values=cached)
     assert "behind a cache" in log.warning_once.call_args[0][0]
+
+
+def test_wrapper_is_named():
+    with (
+        pytest.raises(ValueError, match=r"DataParallel wraps a GPT2LMHeadModel.*unwrap_model"),
+        recalibrate_attention(torch.nn.DataParallel(tiny_model("gpt2")), "all", [-1, -2]),
+    ):
+        pass
+
+
+def test_beams_multiply_the_rows():
+    model = tiny_model("gpt2")
+    with (
+        pytest.raises(ValueError, match="for 3 rows, and the batch has 6; generate with num_beams or num_return_seq"),
+        recalibrate_attention(model, "all", POSITIONS),
+    ):
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), num_beams=2, max_new_tokens=1, pad_token_id=0)
+
+
+def test_head_mask_of_older_hosts_is_applied():
+    """The GPT-2 of transformers 4 hands it to the attention function."""
+    model, table = tiny_model("gpt2"), modeling_utils.AttentionInterface._global_mapping
+    ours = table[NAME]
+    seen = {}
+
+    def masked(module, *args, **options):
+        mask = torch.zeros(1, 3, 1, 1, dtype=torch.float64)
+        options.pop("head_mask", None)
+        output, weights = ours(module, *args, head_mask=mask, **options)
+        seen[module.layer_idx] = output.abs().max().item(), weights.abs().max().item()
+        return output, weights
+
+    try:
+        table[NAME] = masked
+        with recalibrate_attention(model, [], POSITIONS):
+            logits(model)
+    finally:
+        table[NAME] = ours
+    assert seen == {0: (0.0, 0.0), 1: (0.0, 0.0)}
+
+
+def test_positions_of_options_are_ready_for_use():
+    prompts, counts = prompts_and_counts()
+    tokenizer, model = word_tokenizer(), tiny_model("gpt2")
+    positions = option_positions(tokenizer, prompts, counts)
+    for prompt, count, row in zip(prompts, counts, positions, strict=True):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        seen = []
+        with recalibrate_attention(model, "all", row, "equalise"), watched_attention(model, seen.append):
+            logits(model, ids)
+        letters = [place - ids.shape[1] for place, token in enumerate(ids[0].tolist()) if WORDS[token] in LETTERS]
+        assert row[row < 0].tolist() == letters
+        for query in seen:
+            weights = query.weights[0, :, letters]
+            assert (weights - weights.mean(-1, keepdim=True)).abs().max() < 1e-12
+        assert count == len(letters)
+
+
+# --- inside other code
+
+
+PROMPTS, COUNTS = prompts_and_counts()
+OWN = [[-row - 2, -row - 3] for row in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7])
+def test_rows_are_those_of_the_prompts_in_the_users_order(batch_size):
+    """`score_choices` sorts prompts by length."""
+    model, tokenizer = tiny_model("gpt2"), word_tokenizer()
+    with recalibrate_attention(model, "all", OWN):
+        together = score_choices(model, tokenizer, PROMPTS, COUNTS, batch_size, progress=False).scores
+    for row, positions in enumerate(OWN):
+        with recalibrate_attention(model, "all", positions):
+            alone = score_choices(model, tokenizer, PROMPTS[row : row + 1], COUNTS[row], progress=False).scores
+        np.testing.assert_allclose(together[row, : COUNTS[row]], alone[0], atol=1e-12)
+
+
+def test_attribution_sees_the_same_rows():
+    model, tokenizer = tiny_model("gpt2"), word_tokenizer()
+    rows = [{"prompt": prompt, "num_choices": k} for prompt, k in zip(PROMPTS, COUNTS, strict=True)]
+    with recalibrate_attention(model, "all", OWN):
+        scores = score_choices(model, tokenizer, PROMPTS, COUNTS, progress=False).scores
+        found = attribute(model, tokenizer, rows, target="runner_up", batch_size=2, progress=False)
+    np.testing.assert_allclose(found.logit_difference, scores[:, 0] - scores[:, 1:].max(1), atol=1e-12)
+
+
+def test_as_many_rows_as_prompts_and_not_as_a_batch_has():
+    model, tokenizer = tiny_model("gpt2"), word_tokenizer()
+    with (
+        recalibrate_attention(model, "all", OWN[:2]),
+        pytest.raises(ValueError, match="positions are for 2 rows, and there are 4 prompts"),
+    ):
+        score_choices(model, tokenizer, PROMPTS[:4], COUNTS[:4], batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["plain", "adapter"])
+def test_generating_without_a_cache_recalibrates_the_first_forward_only(adapter):
+    model = tiny_model("gpt2", torch.float32)
+    if adapter:
+        model = get_peft_model(
+            model, LoraConfig(target_modules=["c_proj"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+        ).eval()
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    options |= {"attention_mask": torch.ones_like(IDS), "return_dict_in_generate": True, "output_logits": True}
+    with recalibrate_attention(model, "all", POSITIONS):
+        found = model.generate(input_ids=IDS, **options)
+        first = logits(model)[:, -1]
+        again = model.generate(input_ids=IDS, **options)
+    torch.testing.assert_close(found.logits[0], first, rtol=0, atol=1e-4)
+    for step in (1, 2):
+        own = logits(model, found.sequences[:, : LENGTH + step])[:, -1]
+        torch.testing.assert_close(found.logits[step], own, rtol=0, atol=1e-4)
+    assert torch.equal(found.sequences, again.sequences)
+    assert not any("generate" in vars(module) for module in model.modules())
+
+
+def test_a_copy_made_inside_is_not_recalibrated():
+    model = tiny_model("gpt2")
+    before = logits(model)
+    with recalibrate_attention(model, "all", POSITIONS):
+        copied = copy.deepcopy(model)
+        inside = logits(model)
+        assert (logits(copied) - before).abs().max() < 1e-12
+    assert (logits(copied) - before).abs().max() < 1e-12
+    assert (inside - before).abs().max() > 1e-3
+    assert copied.generate.generate.__self__ is copied
+
+
+def test_what_is_written_into_the_config_inside_stays():
+    model = tiny_model("gpt2")
+    engine = model.config._attn_implementation
+    config = model.config
+    with recalibrate_attention(model, "all", POSITIONS), recalibrate_attention(model, [], POSITIONS):
+        model.config.pad_token_id = 7
+        model.config.new_name = "new"
+    assert model.config is config
+    assert (config.pad_token_id, config.new_name, config._attn_implementation) == (7, "new", engine)
+
+
+def test_rows_with_an_adapter_which_is_tried_in_a_batch():
+    model, tokenizer = tiny_model("llama"), word_tokenizer()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["down_proj"], task_type="CAUSAL_LM")).double()
+    with recalibrate_attention(adapted, "all", OWN):
+        together = score_choices(adapted, tokenizer, PROMPTS, COUNTS, progress=False).scores
+    with recalibrate_attention(adapted, "all", OWN[3]):
+        alone = score_choices(adapted, tokenizer, PROMPTS[3:4], COUNTS[3], progress=False).scores
+    np.testing.assert_allclose(together[3, : COUNTS[3]], alone[0], atol=1e-6)

@@ -25,6 +25,8 @@ REFUSED = {
     "prediction_bool": (GOOD, {"predictions": [0, True, 1]}, ["predictions[1]", "True"]),
     "prediction_array_of_bool": (GOOD, {"predictions": np.array([True] * 3)}, ["predictions[0]", "True"]),
     "prediction_nan": (GOOD, {"predictions": np.array([0, NAN, 1])}, ["predictions[1]", "nan"]),
+    "prediction_inf": (GOOD, {"predictions": [0, math.inf, 1]}, ["predictions[1]", "inf"]),
+    "prediction_inf_in_an_array": (GOOD, {"predictions": np.array([0, math.inf, 1])}, ["predictions[1]", "inf"]),
     "prediction_dict": (GOOD, {"predictions": [{}, 0, 1]}, ["predictions[0]", "{}"]),
     "predictions_text": (GOOD, {"predictions": "ABC"}, ["predictions", "'ABC'"]),
     "predictions_of_three_dimensions": (GOOD, {"predictions": np.zeros((3, 2, 2))}, ["predictions", "(3, 2, 2)"]),
@@ -53,7 +55,7 @@ REFUSED = {
     "k_minus_one": (GOOD, {"num_choices": [4, 4, -1]}, ["num_choices[2]=-1", "2 to 26"]),
     "k_fractional": (GOOD, {"num_choices": [4, 4, 2.5]}, ["num_choices[2]=2.5", "2 to 26"]),
     "k_bool": (GOOD, {"num_choices": True}, ["num_choices=True"]),
-    "k_text": (GOOD, {"num_choices": "4"}, ["num_choices"]),
+    "k_text": (GOOD, {"num_choices": "4"}, ["num_choices='4'", "an integer from 2 to 26 nor one a row"]),
     "scores_shorter_than_k": (SCORES, {"num_choices": [2, 3, 2]}, ["predictions[1] has 2 scores", "num_choices is 3"]),
     "scores_empty_with_k": (SCORES, {"predictions": [[], [1, 2], [1, 2]], "num_choices": 2}, ["predictions[0] has 0"]),
     "scores_empty_without_k": (
@@ -95,12 +97,27 @@ REFUSED = {
     "permutation_too_long": (GROUP, {"permutation": [None, [0, 1, 2, 3, 4], None]}, ["permutation[1]", "0 to 3"]),
     "permutation_of_fractions": (GROUP, {"permutation": [None, [0, 1, 2, 2.5], None]}, ["permutation[1]"]),
     "permutation_without_a_group": (GOOD, {"permutation": [None, None, [1, 1, 1, 1]]}, ["permutation[2]"]),
+    "permutation_without_groups": (GOOD, {"permutation": [[0, 1, 2, 3]] * 3}, ["permutation needs group"]),
     "permutation_number": (GROUP, {"permutation": [0, 1, 2]}, ["permutation[0]=0", "no list"]),
     "gold_option_differs": (
         GROUP,
         {"permutation": [[0, 1, 2, 3], [0, 1, 2, 3], None]},
         ["group 'q'", "gold option is 0 in row 0", "1 in row 1"],
     ),
+    "group_of_arrays": (GOOD, {"group": [np.array([1, 2])] * 3}, ["group[0]=array([1, 2])", "a text or a number"]),
+    "group_of_lists": (GOOD, {"group": ["q", ["q"], ""]}, ["group[1]=['q']", "a list"]),
+    "sparse": (
+        SCORES,
+        {"predictions": torch.eye(3).to_sparse()},
+        ["predictions: found a torch.sparse_coo", "to_dense"],
+    ),
+    "nested": (
+        SCORES,
+        {"predictions": torch.nested.nested_tensor([torch.ones(2)] * 3)},
+        ["predictions: found a nested tensor"],
+    ),
+    "meta": (SCORES, {"predictions": torch.zeros(3, 2, device="meta")}, ["predictions: found a meta tensor"]),
+    "meta_row": (SCORES, {"predictions": [torch.zeros(2, device="meta")] * 3}, ["predictions[0]: found a meta tensor"]),
     "anchor_word": (GOOD, {"anchor": "AB"}, ["anchor='AB'", "A to Z", "0 to 25"]),
     "anchor_26": (GOOD, {"anchor": 26}, ["anchor=26", "0 to 25"]),
     "anchor_bool": (GOOD, {"anchor": True}, ["anchor=True"]),
@@ -283,3 +300,36 @@ def test_what_is_undefined_is_nan_and_counts_are_right(case):
 
 def test_options_keep_the_index_of_the_anchor():
     assert BiasOptions(anchor="b") == BiasOptions(anchor=1) == BiasOptions(anchor=np.int64(1))
+
+
+def test_a_column_of_whole_floats_is_a_number_of_choices_and_one_float_is_none():
+    """As a table with gaps has it."""
+    whole = bias_metrics(**GOOD | {"num_choices": [4, 3, 4]}, n_resamples=0)
+    for column in ([4.0, 3.0, 4.0], np.array([4.0, 3.0, 4.0]), [4, None, np.float64(4)]):
+        found = bias_metrics(**GOOD | {"num_choices": column}, n_resamples=0)
+        assert found["accuracy"] == whole["accuracy"]
+    with pytest.raises(ValueError, match=r"num_choices=4\.0 is no number of choices"):
+        evaluate.load("anchored_mcq_bias", num_choices=4.0)
+
+
+def test_a_second_argument_of_load_is_not_swallowed():
+    with pytest.raises(ValueError, match=r"config_name='B'.*anchor='B'"):
+        evaluate.load("anchored_mcq_bias", "B")
+
+
+def test_a_batch_that_was_not_written_does_not_decide_what_the_result_holds(metric, monkeypatch):
+    def full(self, **columns):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate.Metric, "add_batch", full)
+        with pytest.raises(OSError, match="no space"):
+            metric.add_batch(**GOOD)
+    metric.add_batch(**SCORES)
+    assert metric.compute()["n"] == 3
+
+
+def test_permutations_of_rows_that_say_they_have_no_group():
+    order = [[0, 1, 2, 3]] * 3
+    assert bias_metrics(**GOOD | {"group": ["", None, ""], "permutation": order}, n_resamples=0)["n_groups"] == 0
+    assert bias_metrics(**GOOD | {"permutation": [None] * 3}, n_resamples=0)["n_groups"] == 0

@@ -5,11 +5,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from mcq_models import FAMILIES, LETTERS, WORDS, alone, prompts_and_counts, tiny_model, word_tokenizer
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
-from hf_ext.mcq_bias import ChoiceScores, score_choices
+from hf_ext.mcq_bias import ChoiceScores, option_positions, score_choices, scoring
 from hf_ext.mcq_bias.families import FAMILIES as SUPPORTED
 from hf_ext.mcq_bias.scoring import letter_tokens
 
@@ -54,8 +64,16 @@ def test_eager_attention_and_another_prompt_order():
 
 @pytest.mark.parametrize(
     ("choices", "counts"),
-    [(3, [3] * 7), (np.int64(2), [2] * 7), (np.array(COUNTS), COUNTS), ([LETTERS[:k] for k in COUNTS], COUNTS)],
-    ids=["one number", "one numpy number", "array", "lists"],
+    [
+        (3, [3] * 7),
+        (np.int64(2), [2] * 7),
+        (np.array(4), [4] * 7),
+        (torch.tensor(4), [4] * 7),
+        (np.array(COUNTS), COUNTS),
+        (torch.tensor(COUNTS), COUNTS),
+        ([LETTERS[:k] for k in COUNTS], COUNTS),
+    ],
+    ids=["number", "numpy number", "array of one", "tensor of one", "array", "tensor", "lists"],
 )
 def test_choices(choices, counts):
     choices = [list(choice) for choice in choices] if isinstance(choices, list) else choices
@@ -251,6 +269,20 @@ def test_letters_of_a_word_level_tokenizer():
     assert letter_tokens(word_tokenizer(bos=True), LETTERS, "") == IDS
 
 
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_letters_of_a_sentencepiece_tokenizer(scheme):
+    """Llama's kind, where a word begins with a mark for the space before it."""
+    words = ["<unk>", "\u2581Answer", ":", *(f"\u2581{letter}" for letter in "ABC"), *"ABC"]
+    core = Tokenizer(models.Unigram([(word, -float(i)) for i, word in enumerate(words)], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert tokenizer.tokenize("Answer: B") == ["\u2581Answer", ":", "\u2581B"]
+    assert letter_tokens(tokenizer, "ABC") == [3, 4, 5]
+    assert letter_tokens(tokenizer, "ABC", "") == [6, 7, 8]
+    with pytest.raises(ValueError, match="does not know 'D'"):
+        letter_tokens(tokenizer, "ABCD", "")
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="no reference data")
 def test_letters_of_gpt2():
     tokenizer = AutoTokenizer.from_pretrained(DATA / "gpt2-bpe")
@@ -314,15 +346,32 @@ LONG = " ".join(["w1"] * 65)
         ({"prompts": [PROMPTS[0], None], "choices": 2}, r"prompts\[1\]=None is no text"),
         ({"prompts": PROMPTS[0]}, r"prompts: found a str"),
         ({"prompts": [], "choices": []}, r"there are no prompts"),
-        ({"choices": 1}, r"1 is no number of choices: an integer from 2 to 26"),
+        ({"choices": 1}, r"choices=1 is no number of choices: an integer from 2 to 26"),
         ({"choices": 27}, r"27 is no number"),
         ({"choices": 2.5}, r"2.5 is no number"),
         ({"choices": True}, r"True is no number"),
         ({"choices": "AB"}, r"'AB' is no number"),
         ({"choices": [2, 3]}, r"7 prompts and choices for 2"),
-        ({"choices": [2] * 6 + [1]}, r"choices\[6\]: 1 is no number"),
-        ({"choices": [2] * 6 + ["AB"]}, r"choices\[6\]='AB' is neither"),
-        ({"choices": [["a", "b"]] * 6 + [["a"]]}, r"choices\[6\]: 1 is no number"),
+        ({"choices": [2] * 6 + [1]}, r"choices\[6\]=1 is no number"),
+        ({"choices": [2] * 6 + ["AB"]}, r"choices\[6\]='AB' is no number"),
+        ({"choices": [["a", "b"]] * 6 + [["a"]]}, r"len\(choices\[6\]\)=1 is no number"),
+        ({"choices": {"text": ["a", "b"]}}, r"choices=.* is a dict, .* pass choices\['text'\]"),
+        ({"choices": [{"text": ["a", "b"], "label": ["A", "B"]}] * 7}, r"choices\[0\]=.* is a dict.*pass .*'text'"),
+        ({"choices": [{"a", "b"}] * 7}, r"choices\[0\]=.* is a set, without an order"),
+        ({"prompts": [*PROMPTS[:6], PROMPTS[6] + " "]}, r"prompts\[6\] ends in ' ', .*strip the prompt, or .*=\"\""),
+        ({"tokenizer": None}, r"tokenizer=None is no tokenizer; load one with AutoTokenizer"),
+        ({"tokenizer": "gpt2"}, r"tokenizer='gpt2' is no tokenizer"),
+        (
+            {"tokenizer": word_tokenizer([*WORDS, "w20"]), "prompts": ["w20"] * 7},
+            r"prompts\[0\] .* this is not its tok",
+        ),
+        (
+            {
+                "tokenizer": word_tokenizer([*(word.replace("E", "y") for word in WORDS), "E"]),
+                "prompts": ["w1"] * 7,
+            },
+            r"a letter has the token 33, and the model 33",
+        ),
         ({"batch_size": 0}, r"batch_size=0 is no integer of at least 1"),
         ({"batch_size": 1.5}, r"batch_size=1.5 is no integer"),
         ({"batch_size": True}, r"batch_size=True is no integer"),
@@ -359,4 +408,198 @@ def test_no_causal_model(kind):
 def test_other_families_are_scored_too():
     """Scoring needs no table of families; attribution does."""
     assert "gemma2" not in SUPPORTED
-    assert scored(gemma(torch.float64)).scores.shape == (7, 5)
+    assert scored(gemma(torch.float32)).scores.shape == (7, 5)
+
+
+@pytest.mark.parametrize("wrapper", [torch.nn.DataParallel], ids=["DataParallel"])
+def test_a_wrapper_is_named_and_how_to_undo_it(wrapper):
+    with pytest.raises(ValueError, match=r"DataParallel wraps a GPT2LMHeadModel.*accelerator\.unwrap_model\(model\)"):
+        scored(wrapper(tiny_model("gpt2")))
+
+
+class WithoutFloat64(torch.Tensor):
+    """As on MPS."""
+
+    def double(self):
+        raise TypeError("no float64 here")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_scores_leave_the_device_before_they_become_float64(monkeypatch):
+    """On Apple's devices there is no float64."""
+    answers = scoring.answers
+    monkeypatch.setattr(scoring, "answers", lambda *x: (answers(*x)[0].as_subclass(WithoutFloat64), *answers(*x)[1:]))
+    model = tiny_model("gpt2", torch.float32)
+    np.testing.assert_allclose(scored(model).scores, expected_scores(model), rtol=0, atol=1e-5)
+
+
+def test_result_says_what_it_is_and_is_not_compared_by_its_arrays():
+    result = scored(tiny_model("gpt2"))
+    assert repr(result) == "ChoiceScores(7 prompts of up to 5 choices)"
+    assert result == result
+    assert result != scored(tiny_model("gpt2"))
+    assert len({result, result}) == 1
+
+
+# --- forwards that cannot be believed
+
+
+def small_model(kind, **options):
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(WORDS),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=80,
+        **options,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+ROBERTA = {"kind": "roberta", "is_decoder": True, "pad_token_id": 1}
+RWKV = {"kind": "rwkv", "attention_hidden_size": 32, "context_length": 64}
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "message"),
+    [
+        (ROBERTA, 1, r"'roberta'\) .*counts positions .* of its own"),
+        (ROBERTA, 8, r"'roberta'\) .*counts positions .* of its own"),
+        (RWKV, 8, r"'rwkv'\) has other logits for prompt \d in a batch with padding.*Give batch_size=1"),
+        ({"kind": "bert"}, 8, r"'bert'\) is not causal"),
+    ],
+    ids=["own positions", "own positions, padded", "recurrent", "not causal"],
+)
+def test_a_model_that_answers_otherwise_in_a_batch_is_refused(options, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        scored(small_model(**options), batch_size=batch_size)
+
+
+def test_and_scored_where_its_answers_are_those_alone():
+    model = small_model(**RWKV)
+    np.testing.assert_allclose(scored(model, batch_size=1).scores, expected_scores(model), atol=1e-5)
+
+
+def test_padding_is_tried_in_the_first_batch_that_has_some():
+    prompts = ["w1 w2 w3 w4"] * 2 + ["w5 w6", "w7"]
+    with pytest.raises(ValueError, match=r"for prompt 3 in a batch with padding"):
+        scored(small_model(**RWKV), prompts, 3, batch_size=2)
+
+
+def test_a_known_family_is_not_tried():
+    model = tiny_model("gpt2")
+    forwards = Forwards(model)
+    scored(model, batch_size=4)
+    assert forwards.count == 2
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_prompt_tuning(family):
+    model = tiny_model(family, torch.float32)
+    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    np.testing.assert_allclose(scored(model, batch_size=1).scores, expected_scores(model), atol=1e-5)
+    with pytest.raises(ValueError, match=rf"'{family}'\) has other logits .*prompt learning.*Give batch_size=1"):
+        scored(model)
+    with pytest.raises(ValueError, match=r"prompts\[0\] has 61 tokens, 4 virtual ones before them, and the model 64"):
+        scored(model, ["w1 " * 60 + "w1"], 2)
+
+
+def test_a_masked_language_model():
+    model = BertForMaskedLM(
+        AutoConfig.for_model(
+            "bert", vocab_size=33, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+        )
+    )
+    forwards = Forwards(model)
+    with pytest.raises(ValueError, match="BertForMaskedLM is no causal language model"):
+        scored(model)
+    assert forwards.count == 0
+
+
+def test_logits_that_are_not_finite():
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")  # softmax in float32, where the mask of float64 is -inf
+    with pytest.raises(ValueError, match=r'logits of prompts 0, .* are not finite.*attn_implementation="sdpa"'):
+        scored(model)
+    assert np.isfinite(scored(model, batch_size=1).scores[:, :2]).all()
+    model.lm_head.weight.data[IDS[4], 0] = torch.nan
+    with pytest.raises(ValueError, match=rf"logits of prompts {COUNTS.index(5)} are not finite"):
+        scored(model, PROMPTS, COUNTS, batch_size=1)
+
+
+def test_accelerates_mixed_precision_does_not_round():
+    model = tiny_model("gpt2", torch.float32)
+    expected = scored(model).scores
+    scores = scored(Accelerator(cpu=True, mixed_precision="bf16").prepare(model)).scores
+    assert not np.array_equal(scores, torch.from_numpy(scores).bfloat16().double().numpy())
+    np.testing.assert_allclose(scores, expected, atol=0.2)
+
+
+def test_a_model_without_weights_and_a_head_without_a_plain_one():
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel is on the meta device"):
+        scored(tiny_model("gpt2").to("meta"))
+    model = tiny_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(33, 24, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the output head is a .*Linear without a plain weight: .*quantising"):
+        scored(model)
+
+
+@pytest.mark.parametrize("how", ["whole", "wrapped", "blocks"])
+def test_a_compiled_model_is_run_as_it_is(how):
+    """Compiled code skips hooks."""
+    model, expected = tiny_model("gpt2"), expected_scores(tiny_model("gpt2"))
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    if how == "whole":
+        model.compile(backend=backend)
+    elif how == "blocks":
+        for block in model.transformer.h:
+            block.compile(backend=backend)
+    else:
+        model = torch.compile(model, backend=backend)
+    np.testing.assert_allclose(scored(model).scores, expected, rtol=0, atol=1e-9)
+    assert not compiled
+    alone(model, TOKENIZER, PROMPTS[0])
+    assert compiled, "it is compiled again afterwards"
+
+
+# --- tokenizers
+
+
+def test_a_tokenizer_that_ends_every_text():
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "w0"})
+    end = [("w0", tokenizer.eos_token_id)]
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(single="$A w0", special_tokens=end)
+    with pytest.raises(ValueError, match=r"EOS token behind every text, .*'w0'.*add_eos_token=False"):
+        scored(tiny_model("gpt2"), tokenizer=tokenizer)
+
+
+def test_truncation_and_padding_of_the_backend_are_left_as_found():
+    tokenizer, model = word_tokenizer(), tiny_model("gpt2")
+    tokenizer._tokenizer.enable_truncation(3, stride=1)
+    tokenizer._tokenizer.enable_padding(length=10, pad_id=7)
+    before = tokenizer._tokenizer.truncation, tokenizer._tokenizer.padding
+    scores = scored(model, tokenizer=tokenizer).scores
+    option_positions(tokenizer, PROMPTS, COUNTS)
+    assert (tokenizer._tokenizer.truncation, tokenizer._tokenizer.padding) == before
+    assert before[0]["max_length"] == 3
+    np.testing.assert_array_equal(scores, scored(model).scores)
+
+
+def test_a_blank_at_the_end_and_letters_without_one():
+    assert np.isfinite(scored(tiny_model("gpt2"), [f"{PROMPTS[0]} "], 2, letter_prefix="").scores).all()

@@ -79,9 +79,11 @@ from hf_ext.compat.torch import (
     tf32_on,
 )
 from hf_ext.compat.transformers import (
+    attention_scaling,
     attention_tables,
     eager_attention,
     enable_checkpointing,
+    heads_masked,
     is_causal_by_construction,
     query_span,
     reads_attention_from_config,

@@ -66,7 +66,10 @@ def unwrap_evaluate_factory() -> None:
 
 
 def _without_ours(function: Callable) -> Callable:
-    """Of an earlier import of this module, or one that somebody who had wrapped it has put back."""
+    """What `function` wraps, where it is a wrapper of ours.
+
+    An earlier import of this module may have left one, and so may somebody who wrapped ours and has put it back since.
+    """
     while getattr(getattr(function, "__code__", None), "co_filename", None) == __file__:
         function = function.__wrapped__
     return function

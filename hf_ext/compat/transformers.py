@@ -39,6 +39,26 @@ def eager_attention(module: Any) -> Callable:
     raise ValueError(f"{type(module).__module__} has no eager attention function for {type(module).__name__}")
 
 
+def attention_scaling(module: Any, options: Mapping[str, Any]) -> float:
+    """The factor of the scores, from the keywords of an attention function.
+
+    The GPT-2 of transformers 4 passes none, and leaves it to the function. Goes when 5.0 is the lowest version.
+    """
+    if options.get("scaling") is not None:
+        return options["scaling"]
+    scaling = module.head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    return scaling / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scaling
+
+
+def heads_masked(weights: Any, options: Mapping[str, Any]) -> Any:
+    """Attention weights (B, H, L, T) times the keyword `head_mask` of an attention function.
+
+    The GPT-2 of transformers 4 passes it. Goes when 5.0 is the lowest version.
+    """
+    mask = options.get("head_mask")
+    return weights if mask is None else weights * mask
+
+
 def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:
     """(number of queries, index of the first one) from the keywords of a mask function.
 

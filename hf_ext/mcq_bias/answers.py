@@ -1,20 +1,20 @@
 """All rows of a result together: where the mass of each answer lies, and what rows of one group share."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from hf_ext.mcq_bias.columns import Columns
-from hf_ext.mcq_bias.config import FEWEST, MOST
-from hf_ext.mcq_bias.extra_columns import UNKNOWN
-from hf_ext.mcq_bias.orders import check_groups, numbered, options
+from hf_ext.mcq_bias.checks import FEWEST, MOST
+from hf_ext.mcq_bias.columns import UNKNOWN, Columns, refuse_permutation, sizes_of
 
+NAN = math.nan  # what is not defined
 EXACTLY, NEARLY = 0.0, 1e-9  # how far from the maximum a tie may be: of given scores, of derived ones
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Answers:
     """n rows of up to K choices.
 
@@ -102,10 +102,10 @@ def gather(columns: Columns, letters: int = 0) -> Answers:
         mass[valid, columns.answers[valid]] = 1.0
     group = option = None
     if columns.group is not None or columns.permutation is not None:
-        option = options(columns, k, letters)
+        option = _options(columns, k, letters)
     if columns.group is not None:
-        group = numbered(columns.group)
-        check_groups(columns, group, k, at(option, columns.references))
+        group = _numbered(columns.group)
+        _check_groups(columns, group, k, at(option, columns.references))
     return Answers(
         k=k,
         gold=columns.references,
@@ -140,3 +140,46 @@ def _complete_k(columns: Columns) -> tuple[np.ndarray, int]:
         stacklevel=4,
     )
     return np.where(unknown, needed, k), count
+
+
+def _options(columns: Columns, k: np.ndarray, letters: int) -> np.ndarray:
+    """(n, letters): the option behind each position, -1 beyond k.
+
+    By the row's permutation; without one, a cyclic rotation of the choices that has option 0 on the gold.
+
+    Raises:
+        ValueError: a permutation of another number of options than k.
+    """
+    position, sizes = np.arange(letters), k[:, None]
+    rotated = np.where(position < sizes, (position - columns.references[:, None]) % sizes, -1)
+    if columns.permutation is None:
+        return rotated
+    places = columns.permutation
+    given = sizes_of(places)
+    for row in np.flatnonzero((given != k) & (given > 0))[:1]:
+        refuse_permutation(row, places[row, : given[row]], k[row])
+    places = np.pad(places[:, :letters], ((0, 0), (0, max(0, letters - places.shape[1]))), constant_values=-1)
+    return np.where(given[:, None] > 0, places, rotated)
+
+
+def _numbered(labels: list[str]) -> np.ndarray:
+    """(n,): groups numbered from 0 in the order in which they come, -1 where there is none."""
+    numbers = {"": -1}
+    return np.fromiter((numbers.setdefault(label, len(numbers) - 1) for label in labels), np.int64, len(labels))
+
+
+def _check_groups(columns: Columns, group: np.ndarray, k: np.ndarray, gold_option: np.ndarray) -> None:
+    """
+    Raises:
+        ValueError: rows of a group differ in k or in the option that is right. All arrays (n,).
+    """
+    rows = np.flatnonzero(group >= 0)
+    _, first = np.unique(group[rows], return_index=True)
+    head = rows[first][group[rows]]  # the first row of the group of each row
+    for what, values in (("k", k), ("the gold option", gold_option)):
+        for place in np.flatnonzero(values[rows] != values[head])[:1]:
+            row, other = rows[place], head[place]
+            raise ValueError(
+                f"group {columns.group[row]!r}: {what} is {values[other]} in row {other} and {values[row]} in row "
+                f"{row}; rows of a group are one question with its choices reordered"
+            )

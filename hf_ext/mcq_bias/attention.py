@@ -1,18 +1,25 @@
 """An attention function that shows, and lets one alter, the weights with which the last token looks back."""
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 from transformers.utils import logging
 
 from hf_ext import compat
 
 NAME = "mcq_recalibrated"
 _WATCHERS = "_mcq_watchers"  # on every attention module of a model, while something watches it
+
+# In `generate`: the layers whose first forward is over.
+_DONE: ContextVar[set[int] | None] = ContextVar("done", default=None)
 
 _log = logging.get_logger(__name__)
 
@@ -33,13 +40,39 @@ class LastQuery(NamedTuple):
 Watcher = Callable[[LastQuery], Tensor | None]
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """module: a weak reference, so that in a copy of the model, made meanwhile, this is not its own."""
+
+    module: weakref.ref
+    watchers: tuple[Watcher, ...]
+
+
+@dataclass(frozen=True)
+class _FirstForward:
+    """`generate` that is watched in its first forward only: without a cache, the others are over whole texts, too.
+
+    A bound method inside a dataclass, since copying a model binds it to the copy.
+    """
+
+    generate: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = _DONE.set(set())
+        try:
+            return self.generate(*args, **kwargs)
+        finally:
+            _DONE.reset(token)
+
+
 @contextmanager
 def watched_attention(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     """Inside, `watcher` sees every layer's `LastQuery`; weights (B, H, T) that it returns are used in place of its own.
 
-    Forwards over whole prompts only: what stands behind a cache has no watcher. The model computes attention eagerly,
-    its softmax in at least float32. Its engine is found as it was afterwards. Watchers of nested contexts follow each
-    other. `model` is of a family whose attention is plain: no sinks, no soft cap.
+    Forwards over whole prompts only, in `generate` the first: what stands behind a cache has no watcher. The model
+    computes attention eagerly, its softmax in at least float32. Its engine is found as it was afterwards, and what was
+    written into its config meanwhile stays there. Watchers of nested contexts follow each other; copies of the model
+    have none. `model` is of a family whose attention is plain: no sinks, no soft cap.
 
     Raises:
         RuntimeError: `hf_ext.unregister()` was called: the name of the attention function is gone.
@@ -49,17 +82,32 @@ def watched_attention(model: nn.Module, watcher: Watcher) -> Iterator[None]:
             raise RuntimeError(f"transformers has no attention {NAME!r}; call hf_ext.register() first")
     with _attributes_restored() as replace:
         # Copies, since a config may be shared with other models, which keep their engine.
-        copies: dict[int, Any] = {}
+        copies: dict[int, tuple[Any, Any]] = {}
         for module in model.modules():
             config = vars(module).get("config")
             if hasattr(config, "_attn_implementation"):
                 if id(config) not in copies:
-                    copies[id(config)] = copy.copy(config)
-                    copies[id(config)]._attn_implementation = NAME
-                replace(module, "config", copies[id(config)])
+                    ours = copy.copy(config)
+                    ours._attn_implementation = NAME
+                    copies[id(config)] = config, ours
+                replace(module, "config", copies[id(config)][1])
             if hasattr(module, "layer_idx"):
-                replace(module, _WATCHERS, (*getattr(module, _WATCHERS, ()), watcher))
-        yield
+                replace(module, _WATCHERS, _Watched(weakref.ref(module), (*_watchers(module), watcher)))
+            if isinstance(module, GenerationMixin):
+                replace(module, "generate", _FirstForward(module.generate))
+        found = {key: dict(vars(ours)) for key, (_, ours) in copies.items()}
+        try:
+            yield
+        finally:
+            for key, (config, ours) in copies.items():
+                for name, value in vars(ours).items():
+                    if name not in found[key] or found[key][name] is not value:
+                        setattr(config, name, value)
+
+
+def _watchers(module: nn.Module) -> tuple[Watcher, ...]:
+    watched = getattr(module, _WATCHERS, None)
+    return watched.watchers if watched is not None and watched.module() is module else ()
 
 
 @contextmanager
@@ -97,17 +145,17 @@ def recalibrated_attention_forward(
     """
     if not torch.compiler.is_compiling():
         compat.announce(NAME)
-    watchers = getattr(module, _WATCHERS, ())
+    watchers = _watchers(module)
     if not watchers:
         return compat.eager_attention(module)(module, query, key, value, attention_mask, **options)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scaling = options.get("scaling")
-    scores = query @ key.transpose(2, 3) * (_scaling_of(module) if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3) * compat.attention_scaling(module, options)
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
         scores = scores + attention_mask
     weights = scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(value.dtype)
     if query.shape[2] == key.shape[2]:
+        watchers = () if _is_done(module.layer_idx) else watchers
         weights = _as_watched(module.layer_idx, weights, value, attention_mask, watchers)
     elif query.shape[2] > 1:
         _log.warning_once(
@@ -115,9 +163,18 @@ def recalibrated_attention_forward(
             "neither shown nor altered"
         )
     weights = nn.functional.dropout(weights, options.get("dropout", 0.0), module.training)
-    if options.get("head_mask") is not None:  # of the GPT-2 of transformers 4
-        weights = weights * options["head_mask"]
+    weights = compat.heads_masked(weights, options)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _is_done(layer: int) -> bool:
+    """Whether this is inside `generate`, and the layer had a forward in it."""
+    done = _DONE.get()
+    if done is None:
+        return False
+    was_done = layer in done
+    done.add(layer)
+    return was_done
 
 
 def _as_watched(
@@ -129,9 +186,3 @@ def _as_watched(
         if altered is not None:
             weights = torch.cat([weights[:, :, :-1], altered[:, :, None]], dim=2)
     return weights
-
-
-def _scaling_of(module: nn.Module) -> float:
-    """The GPT-2 of transformers 4 leaves the scaling to its attention function."""
-    scaling = module.head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
-    return scaling / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scaling

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from hf_ext.mcq_bias.batches import batches, evaluating
-from hf_ext.mcq_bias.capture import captured
+from hf_ext.mcq_bias.checks import anchor_index, check_count, check_word
 from hf_ext.mcq_bias.contributions import BiasAttribution
 from hf_ext.mcq_bias.examples import read_examples
 from hf_ext.mcq_bias.families import family_of
 from hf_ext.mcq_bias.lens import lens_weights
-from hf_ext.mcq_bias.letters import anchor_index
 from hf_ext.mcq_bias.scoring import answers, prepare
-from hf_ext.mcq_bias.split import terms_of, total_of
-from hf_ext.mcq_bias.words import check_count, check_word
+from hf_ext.mcq_bias.split import captured, terms_of, total_of
 
 TARGETS = ("gold", "runner_up")
 # Of the letters' logits, how much the terms of the first batch may miss: rounding, by the precision of the activations.
@@ -42,6 +40,9 @@ def attribute(
     the residual stream adds its product with u to the difference, u = (g dW - mean(g dW)) / sqrt(var(x) + eps) for
     LayerNorm and g dW / sqrt(mean(x^2) + eps) for RMSNorm. The split is exact; the scale of u comes from all parts.
 
+    The result holds two numbers a neuron and row, 8 n L F bytes in float32: 0.4 GB for 128 rows of a Llama of 7 billion
+    parameters.
+
     Args:
         model: a causal model of the families gpt2, llama, mistral, qwen2, qwen3, without adapters.
         tokenizer: its tokenizer.
@@ -64,13 +65,13 @@ def attribute(
     anchor = anchor_index(anchor)
     family = family_of(model)
     rows = read_examples(examples, with_labels=target == "gold", anchor=anchor)
-    questions = prepare(model, tokenizer, rows.prompts, rows.num_choices, letter_prefix, prepend_bos)
+    questions = prepare(model, tokenizer, rows.prompts, rows.num_choices, letter_prefix, prepend_bos, "examples")
     labels = None if rows.labels is None else torch.tensor(rows.labels)
     arrays: dict[str, np.ndarray] = {}
     length = max(map(len, questions.encoded))
     with evaluating(model), captured(family, model, with_attention=per_position) as seen:
         for batch in batches(questions.encoded, batch_size, model.device, progress):
-            letters, _ = answers(model, batch, questions)
+            letters, _, _ = answers(model, batch, questions)
             compared = _compared(letters, anchor, None if labels is None else labels[batch.rows])
             tokens = questions.letters.to(letters.device)
             targets = tokens[compared["target_index"]]

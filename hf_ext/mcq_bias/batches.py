@@ -1,7 +1,9 @@
 """Prompts as left-padded batches, the same for scoring and for attribution."""
 
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Batch:
     """rows: numbers of the prompts. inputs: input_ids, attention_mask and position_ids, each (B, T)."""
 
@@ -18,15 +20,17 @@ class Batch:
     inputs: dict[str, Tensor]
 
 
-def encode(model: Any, tokenizer: Any, prompts: Sequence[str], prepend_bos: bool) -> list[list[int]]:
+def encode(model: Any, tokenizer: Any, prompts: Sequence[str], prepend_bos: bool, name: str) -> list[list[int]]:
     """The tokens of each prompt. prepend_bos: begin with the BOS token, where the tokenizer does not add it itself.
+
+    name: what the user calls the prompts.
 
     Raises:
         ValueError: a prompt that is no text, has no token, or is longer than the model's positions, with its row.
     """
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts[{row}]={prompt!r} is no text")
+            raise ValueError(f"{name}[{row}]={prompt!r} is no text")
     encoded = [list(ids) for ids in tokenizer(list(prompts))["input_ids"]]
     if prepend_bos:
         bos = tokenizer.bos_token_id
@@ -34,12 +38,14 @@ def encode(model: Any, tokenizer: Any, prompts: Sequence[str], prepend_bos: bool
             raise ValueError("prepend_bos=True, and the tokenizer has no BOS token")
         encoded = [ids if ids[:1] == [bos] else [bos, *ids] for ids in encoded]
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0  # prompt learning's
     for row, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(f"prompts[{row}]={prompts[row]!r} has no token")
-        if limit is not None and len(ids) > limit:
+            raise ValueError(f"{name}[{row}]={prompts[row]!r} has no token")
+        if limit is not None and len(ids) + virtual > limit:
+            more = f", {virtual} virtual ones before them" if virtual else ""
             raise ValueError(
-                f"prompts[{row}] has {len(ids)} tokens, and the model {limit} positions; it is not cut, since an "
+                f"{name}[{row}] has {len(ids)} tokens{more}, and the model {limit} positions; it is not cut, since an "
                 "answer to half a question means nothing"
             )
     return encoded
@@ -63,12 +69,33 @@ def left_padded(encoded: Sequence[list[int]], device: torch.device) -> dict[str,
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
 
+_ASKED: ContextVar[tuple[list[int], int] | None] = ContextVar("asked", default=None)
+
+
+@contextmanager
+def asked(rows: list[int], count: int) -> Iterator[None]:
+    """Inside, a forward is over these rows of `count` prompts, which come in another order than the user gave them."""
+    token = _ASKED.set((rows, count))
+    try:
+        yield
+    finally:
+        _ASKED.reset(token)
+
+
+def asked_rows() -> tuple[list[int], int] | None:
+    """(rows, count) of the `asked` around; None in a forward of the user's own."""
+    return _ASKED.get()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients inside; afterwards each module is in the mode it was found in."""
+    """No dropout, no gradients and no compiled code, which skips hooks; afterwards modules are in the mode found."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield model.eval()
     finally:
         for module, mode in modes:

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.answers import Answers, gather
-from hf_ext.mcq_bias.calibration import calibrated_mass
-from hf_ext.mcq_bias.columns import read_columns
+from hf_ext.mcq_bias.answers import NAN, Answers, at, gather
+from hf_ext.mcq_bias.checks import LETTERS
+from hf_ext.mcq_bias.columns import common_num_choices, read_columns
 from hf_ext.mcq_bias.config import BiasOptions
-from hf_ext.mcq_bias.extra_columns import common_num_choices
-from hf_ext.mcq_bias.groups import complete_groups, cyclic_accuracy, permutation_consistency, pride
-from hf_ext.mcq_bias.inference import (
+from hf_ext.mcq_bias.groups import calibrated_mass, complete_groups, cyclic_accuracy, permutation_consistency, pride
+from hf_ext.mcq_bias.intervals import (
     bootstrap_recall_std,
     cochran_mantel_haenszel,
     recall_std,
@@ -20,9 +19,7 @@ from hf_ext.mcq_bias.inference import (
     recalls,
     wilson,
 )
-from hf_ext.mcq_bias.letters import LETTERS
 
-NAN = math.nan
 Named = Iterator[tuple[str, int | float]]
 
 
@@ -47,12 +44,15 @@ def bias_metrics(
         num_choices: one integer, or one a row, 2 to 26. Default: the length of a row of scores; with answers, the
             least that all indices fit in. A longer row of scores is filled up with -inf.
         group: n labels; rows of one label are the same question with its choices reordered. None or "": no group.
-        permutation: n lists, the option behind each position of rows in a group. Default: (position - gold) mod k,
-            which is right for cyclic rotations, and for nothing else.
+        permutation: n lists, the option behind each position of rows in a group; only with `group`. Default:
+            (position - gold) mod k, which is right for cyclic rotations, and for nothing else.
         anchor: the letter, or its index 0 to 25, that the model is suspected of.
         confidence: level of all intervals.
         n_resamples: of the bootstrap interval of recall_std; 0: none.
         seed: of the bootstrap.
+
+    The intervals of accuracy and anchored_bias_rate, anchored_error_z and cmh_z take rows as independent, also where
+    `group` says that they are one question; the bootstrap of recall_std draws whole groups.
 
     Returns:
         A flat dict of int and float, the same keys in the same order for the same largest number of choices. NaN where
@@ -143,7 +143,7 @@ def _calibrated(answers: Answers, options: BiasOptions) -> Named:
     accuracy = rate = NAN
     if mass is not None:
         eligible = _eligible(answers, options.anchor)
-        accuracy = np.take_along_axis(mass, answers.gold[:, None], axis=1).mean()
+        accuracy = at(mass, answers.gold).mean()
         rate = _on_anchor(mass, options.anchor)[eligible].mean() if eligible.any() else NAN
     yield from (("calibrated_accuracy", accuracy), ("calibrated_anchored_bias_rate", rate))
 

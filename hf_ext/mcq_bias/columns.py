@@ -1,23 +1,23 @@
 """The five inputs of the metric in one form, every row checked by itself, before anything is kept of them."""
 
+import warnings
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.config import FEWEST, MOST
-from hf_ext.mcq_bias.extra_columns import UNKNOWN, check_length, read_group, read_num_choices, read_permutation
-from hf_ext.mcq_bias.letters import LETTERS
-from hf_ext.mcq_bias.reading import NONSENSE, column, indices, is_row, padded, score_rows
+from hf_ext.mcq_bias.checks import FEWEST, MOST, check_num_choices, no_choice
+from hf_ext.mcq_bias.reading import NONSENSE, column, indices, is_missing, is_row, padded, score_rows
 
+UNKNOWN = -1  # number of choices
 MIXED = (
     "some predictions are score rows and others are answers; one result takes either, since a score row also says "
     "how sure the model was"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Columns:
     """n rows.
 
@@ -88,7 +88,7 @@ def read_columns(
         references: n indices or letters of the right choice.
         num_choices: one integer for all rows or one a row; None: the length of a score row, unknown with answers.
         group: n labels of questions; None or "" for none.
-        permutation: n lists, the option behind each position; None or empty for none.
+        permutation: n lists, the option behind each position; None or empty for none. Only with `group`.
 
     Raises:
         ValueError: naming the row, what is there and what is allowed.
@@ -100,8 +100,8 @@ def read_columns(
     n = len(predictions)
     if n == 0:
         predictions = []  # of an array without rows nobody can tell whether they are scores
-    check_length("references", references, n)
-    k = read_num_choices(num_choices, n)
+    _check_length("references", references, n)
+    k = _read_num_choices(num_choices, n)
     answers = scores = None
     if _are_scores(predictions):
         scores, k = _fit_scores(*score_rows(predictions), k)
@@ -111,13 +111,19 @@ def read_columns(
             raise ValueError(
                 f"predictions[{row}]={predictions[row]!r} is no answer; expected an index, -1 for none, or a letter"
             )
+    order = _read_permutation(permutation, k)
+    if order is not None and group is None:
+        raise ValueError(
+            "permutation needs group: it says how the rows of one question differ, and without group no rows belong "
+            "together"
+        )
     return Columns(
         answers=answers,
         scores=scores,
         references=_read_references(references, k),
         num_choices=k,
-        group=read_group(group, n),
-        permutation=read_permutation(permutation, k),
+        group=_read_group(group, n),
+        permutation=order,
     )
 
 
@@ -141,6 +147,13 @@ def _fit_scores(scores: np.ndarray, lengths: np.ndarray, k: np.ndarray) -> tuple
         raise ValueError(
             f"predictions[{row}] has {lengths[row]} scores; a row without num_choices has {FEWEST} to {MOST}"
         )
+    last = scores[np.arange(len(k)), np.maximum(lengths, 1) - 1]
+    if ((last == -np.inf) & ~known & np.isfinite(scores.max(axis=1, initial=-np.inf))).any():
+        warnings.warn(
+            "rows of scores end in -inf, and num_choices is not given: each -inf counts as a choice that is never "
+            "taken. Where it fills a row up, as in what score_choices returns, pass num_choices",
+            stacklevel=5,
+        )
     k = np.where(known, k, lengths)
     if (k == scores.shape[1]).all():
         return scores, k
@@ -160,10 +173,107 @@ def _read_references(values: np.ndarray | list[Any], k: np.ndarray) -> np.ndarra
     gold = indices(values)
     limit = np.where(k == UNKNOWN, MOST, k)
     for row in np.flatnonzero((gold < 0) | (gold >= limit))[:1]:
-        last = limit[row] - 1
-        what = "k is not known, and at most 26" if k[row] == UNKNOWN else f"k={k[row]}"
-        raise ValueError(
-            f"references[{row}]={values[row]!r} is neither an index 0 to {last} nor a letter A to {LETTERS[last]} "
-            f"({what})"
-        )
+        what = f"k is not known, and at most {MOST}" if k[row] == UNKNOWN else f"k={k[row]}"
+        raise ValueError(f"{no_choice(f'references[{row}]', values[row], limit[row])} ({what})")
     return gold
+
+
+def _check_length(name: str, values: Any, n: int) -> None:
+    """
+    Raises:
+        ValueError: other than n rows.
+    """
+    if len(values) != n:
+        raise ValueError(f"{name} has {len(values)} rows, and predictions has {n}")
+
+
+def common_num_choices(values: Any) -> int | None:
+    """The one number for all rows; None if there is one a row, or nothing.
+
+    Raises:
+        ValueError: no integer from 2 to 26.
+    """
+    if isinstance(values, str):
+        raise ValueError(f"num_choices={values!r} is neither an integer from {FEWEST} to {MOST} nor one a row")
+    if values is None or (hasattr(values, "__len__") and getattr(values, "ndim", 1) > 0):
+        return None
+    return check_num_choices(values.item() if hasattr(values, "item") else values)
+
+
+def _read_num_choices(values: Any, n: int) -> np.ndarray:
+    """(n,) int64, `UNKNOWN` where nothing says it.
+
+    Raises:
+        ValueError: another length, or a number that is no integer from 2 to 26.
+    """
+    if values is None:
+        return np.full(n, UNKNOWN)
+    common = common_num_choices(values)
+    if common is not None:
+        return np.full(n, common)
+    values = column("num_choices", values)
+    _check_length("num_choices", values, n)
+    if isinstance(values, np.ndarray) and ((values >= FEWEST) & (values <= MOST)).all():
+        known = indices(values)
+        if (known != NONSENSE).all():
+            return known
+    rows = [value.item() if hasattr(value, "item") else value for value in values]
+    rows = [int(k) if isinstance(k, float) and k.is_integer() else k for k in rows]  # of a table with gaps
+    known = [UNKNOWN if k is None else check_num_choices(k, f"num_choices[{row}]") for row, k in enumerate(rows)]
+    return np.array(known, np.int64)
+
+
+def _read_group(values: Any, n: int) -> list[str] | None:
+    """The text of each label, "" for none; None if no row has one.
+
+    Raises:
+        ValueError: another length, or a label that is an array or a list.
+    """
+    if values is None:
+        return None
+    values = column("group", values)
+    _check_length("group", values, n)
+    rows = values.tolist() if isinstance(values, np.ndarray) else values
+    for row, label in enumerate(rows):
+        if is_row(label):
+            raise ValueError(
+                f"group[{row}]={label!r} is a {type(label).__name__}; expected a label: a text or a number"
+            )
+    # NaN is how tables say that there is none.
+    labels = ["" if is_missing(label) or label != label else str(label) for label in rows]
+    return labels if any(labels) else None
+
+
+def _read_permutation(values: Any, k: np.ndarray) -> np.ndarray | None:
+    """(n, longest) int64, -1 from the end of each row on; None if no row has one.
+
+    Raises:
+        ValueError: another length, or a row that is no permutation of as many options as it has choices.
+    """
+    if values is None:
+        return None
+    rows = column("permutation", values)
+    _check_length("permutation", rows, len(k))
+    rows = [[] if row is None else row for row in rows]
+    for number, row in enumerate(rows):
+        if not is_row(row):
+            raise ValueError(f"permutation[{number}]={row!r} is no list; expected the option behind each position")
+    flat = indices(list(chain.from_iterable(rows)))
+    places = padded(flat, np.fromiter(map(len, rows), np.int64, len(rows)), -1, np.int64)
+    sizes, position = sizes_of(places), np.arange(places.shape[1])
+    inside = position < sizes[:, None]
+    found = np.sort(np.where(inside, places, len(position)), axis=1)
+    right = (found == position).all(axis=1, where=inside) & ((sizes == k) | (k == UNKNOWN) | (sizes == 0))
+    for row in np.flatnonzero(~right)[:1]:
+        refuse_permutation(row, rows[row], sizes[row] if k[row] == UNKNOWN else k[row])
+    return places if sizes.any() else None
+
+
+def sizes_of(places: np.ndarray) -> np.ndarray:
+    """(n,) entries of each permutation, up to the last that is not -1. places (n, longest)."""
+    return np.where(places != -1, np.arange(1, places.shape[1] + 1), 0).max(axis=1, initial=0)
+
+
+def refuse_permutation(row: int, entries: Any, k: int) -> None:
+    entries = entries.tolist() if hasattr(entries, "tolist") else list(entries)
+    raise ValueError(f"permutation[{row}]={entries} is no permutation of 0 to {k - 1}, the options of {k} choices")

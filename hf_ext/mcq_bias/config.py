@@ -1,14 +1,9 @@
 """The options of the metric, checked in one place."""
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from numbers import Integral, Real
-from typing import Any
+from numbers import Real
 
-from hf_ext.mcq_bias.letters import LETTERS, anchor_index
-
-FEWEST, MOST = 2, len(LETTERS)  # choices
+from hf_ext.mcq_bias.checks import anchor_index, check_count
 
 
 @dataclass(frozen=True)
@@ -34,34 +29,8 @@ class BiasOptions:
         object.__setattr__(self, "anchor", anchor_index(self.anchor))
         if not isinstance(self.confidence, Real) or not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence!r} is no number between 0 and 1, both excluded")
-        for name in ("n_resamples", "seed"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name}={value!r} is no integer of at least 0")
+        check_count("n_resamples", self.n_resamples, least=0)
+        check_count("seed", self.seed, least=0)
 
 
 OPTIONS = tuple(option.name for option in fields(BiasOptions))
-
-
-def refuse_unknown(given: Mapping[str, Any], known: Iterable[str], what: str) -> None:
-    """
-    Raises:
-        ValueError: a key of `given` is not one of `known`, with the nearest of them.
-    """
-    known = tuple(known)
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown option {name!r} of {what}; known are {', '.join(map(repr, known))}{hint}")
-
-
-def check_num_choices(value: Any, what: str = "num_choices") -> int:
-    """
-    Raises:
-        ValueError: no integer from 2 to 26.
-    """
-    whole = isinstance(value, Real) and not isinstance(value, bool) and value == value // 1
-    if not whole or not FEWEST <= value <= MOST:
-        raise ValueError(f"{what}={value!r} is no number of choices: an integer from {FEWEST} to {MOST}")
-    return int(value)

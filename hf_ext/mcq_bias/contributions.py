@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_ext.mcq_bias.checks import LETTERS, check_count, check_word
 from hf_ext.mcq_bias.lens import LensRows, LensWeights, rank_by_lens
-from hf_ext.mcq_bias.letters import LETTERS
-from hf_ext.mcq_bias.words import check_count, check_word
+from hf_ext.mcq_bias.split import total_of
 
 COMPONENTS = ("neuron", "head", "component")
 
@@ -23,7 +23,7 @@ class Term(NamedTuple):
     mean: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class BiasAttribution:
     """logit[anchor] - logit[target] of n rows at the last position, split over what the model adds up.
 
@@ -65,10 +65,16 @@ class BiasAttribution:
     lens: LensWeights
     head_positions: np.ndarray | None = None
 
+    def __repr__(self) -> str:
+        n, layers, neurons = self.neurons.shape
+        return (
+            f"BiasAttribution(anchor={LETTERS[self.anchor]!r}, target={self.target!r}, {n} rows of which "
+            f"{self.selected.sum()} selected, {layers} layers of {neurons} neurons and {self.heads.shape[-1]} heads)"
+        )
+
     def total(self) -> np.ndarray:
         """(n,): the sum of all terms of each row."""
-        layers = self.neurons.sum(-1) + self.heads.sum(-1) + self.mlp_bias + self.attention_bias
-        return self.embedding + layers.sum(-1) + self.final_norm_bias + self.output_bias
+        return total_of(vars(self))
 
     def residual(self) -> float:
         """The largest |total - logit_difference|: what rounding leaves."""
@@ -127,7 +133,7 @@ class BiasAttribution:
             limit = np.abs(terms).max() or 1.0
             image = axis.imshow(terms, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", origin="lower")
             figure.colorbar(image, ax=axis, label="mean contribution (logits)")
-            axis.set(ylabel="layer")
+            axis.set(ylabel="layer", yticks=range(0, len(heads), 1 + len(heads) // 12))
         axes[0].set(xlabel="head", title=f"logit {LETTERS[self.anchor]} - logit {self.target.replace('_', ' ')}")
         axes[1].set_xticks(range(len(parts)), list(parts), rotation=45, ha="right")
         return figure

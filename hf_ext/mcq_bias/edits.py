@@ -1,19 +1,78 @@
-"""Which parts of a model are edited, and how: the three methods of `mitigate` as edits of rank one."""
+"""How `mitigate` edits a model: its options, its three methods as edits of rank one, their trial and their delivery."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
+from hf_ext.mcq_bias.checks import anchor_index, check_count, check_word
 from hf_ext.mcq_bias.contributions import BiasAttribution
-from hf_ext.mcq_bias.families import Family, at_least_float32
-from hf_ext.mcq_bias.plan import Plan
-from hf_ext.mcq_bias.rank_one import RankOne
+from hf_ext.mcq_bias.families import Family, at_least_float32, without_autocast
 
+METHODS = ("project", "shift", "paper")
+COMPONENTS = ("mlp", "attention", "both")
 GOLD_WEIGHT = 8.0  # of the paper: how much more the gold letters are favoured than the anchor is weakened
 CHUNK = 4096  # tokens of the vocabulary that are read at once
 Chosen = dict[int, list[int]]  # layer -> neurons, or heads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to mitigate; the arguments are those of `mitigate`, the anchor is kept as its index.
+
+    Raises:
+        ValueError: naming the option, its value, what is allowed and the nearest match.
+    """
+
+    method: str
+    components: str
+    strength: float | str
+    n: int
+    anchor: str | int
+
+    def __post_init__(self) -> None:
+        check_word("method", self.method, METHODS)
+        check_word("components", self.components, COMPONENTS)
+        if self.method != "project" and self.components != "mlp":
+            raise ValueError(
+                f"components={self.components!r}: method={self.method!r} edits MLP neurons only. Use components='mlp', "
+                "or method='project'"
+            )
+        if isinstance(self.strength, str):
+            check_word("strength", self.strength, ("match",))
+        elif (
+            not isinstance(self.strength, Real) or isinstance(self.strength, bool) or not 0 <= self.strength < math.inf
+        ):
+            raise ValueError(f"strength={self.strength!r} is neither 'match' nor a number of at least 0")
+        else:
+            object.__setattr__(self, "strength", float(self.strength))
+        check_count("n", self.n)
+        object.__setattr__(self, "n", int(self.n))
+        object.__setattr__(self, "anchor", anchor_index(self.anchor))
+
+    @property
+    def needs_labels(self) -> bool:
+        return self.method == "paper"
+
+
+@dataclass(frozen=True, eq=False)
+class RankOne:
+    """At strength s the layer `module`, of inputs x, gives s (x . read) write more.
+
+    read: (in,), write: (out,), both in at least float32.
+    """
+
+    module: str
+    read: Tensor
+    write: Tensor
 
 
 def neurons_for_anchor(attribution: BiasAttribution, n: int) -> Chosen:
@@ -61,10 +120,11 @@ def edits_for(
     direction = anchor_direction(family, model, letters, plan.anchor)
     if plan.method == "shift":
         return shift(family, direction, neurons, attribution.mean(attribution.activations))
-    return [
-        *project(family, model, direction, neurons, family.mlp_path),
-        *project(family, model, direction, heads, family.attention_path),
-    ]
+    with without_autocast(direction):
+        return [
+            *project(family, model, direction, neurons, family.mlp_path),
+            *project(family, model, direction, heads, family.attention_path),
+        ]
 
 
 def project(family: Family, model: nn.Module, direction: Tensor, chosen: Chosen, path: str) -> list[RankOne]:
@@ -117,3 +177,47 @@ def _by_layer(places: Sequence[Sequence[int]]) -> Chosen:
     for layer, index in sorted(places):
         chosen.setdefault(layer, []).append(index)
     return chosen
+
+
+@contextmanager
+def tried(model: nn.Module, edits: Sequence[RankOne], strength: float) -> Iterator[None]:
+    """Inside, `model` computes as with the adapter of `as_adapter`; not one of its weights is touched."""
+
+    def add(edit: RankOne) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            more = (inputs[0].to(edit.read.dtype) @ edit.read)[..., None] * (strength * edit.write)
+            return (output + more).to(output.dtype)
+
+        return model.get_submodule(edit.module).register_forward_hook(hook)
+
+    handles = [add(edit) for edit in edits]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_adapter(model: nn.Module, edits: Sequence[RankOne], strength: float) -> PeftModel:
+    """`model`, wrapped in place with a frozen LoRA adapter of rank one on the edited layers and no others."""
+    known = set(model.modules())
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        # Whole names: in GPT-2 "c_proj" is the end of the MLP as well as of the attention.
+        target_modules=[edit.module for edit in edits],
+        fan_in_fan_out=isinstance(model.get_submodule(edits[0].module), Conv1D),
+        bias="none",
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+    with torch.random.fork_rng(devices=[]):  # PEFT draws initial weights, which are replaced
+        adapted = get_peft_model(model, config)
+    for module in set(adapted.modules()) - known:
+        module.training = model.training
+    for edit in edits:
+        layer = model.get_submodule(edit.module)
+        # Parameters of our own, in the precision of the edit: PEFT would leave float32 in a float64 model.
+        for part, weight in ((layer.lora_A, edit.read[None]), (layer.lora_B, strength * edit.write[:, None])):
+            part["default"].weight = nn.Parameter(weight.clone(), requires_grad=False)
+    return adapted

@@ -85,8 +85,8 @@ def family_of(model: nn.Module) -> Family:
     """The family of a causal model.
 
     Raises:
-        ValueError: another `model_type`, with the list; no language model head; a model with adapters, or whose
-            projections are no plain matrices (quantisation).
+        ValueError: what `require_supported` refuses; no language model head; a model with adapters, on several
+            devices, wrapped by torch.compile, or whose projections are no plain matrices (quantisation).
     """
     # By their marks, since peft takes long to import.
     if hasattr(model, "get_base_model") or any(hasattr(module, "base_layer") for module in model.modules()):
@@ -94,10 +94,17 @@ def family_of(model: nn.Module) -> Family:
             f"this {type(model).__name__} has adapters, whose part is not in the matrices of the model: call "
             "merge_and_unload() or unload() on the PeftModel first"
         )
-    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[name]
+    family = require_supported(model)
+    if any(hasattr(module, "_orig_mod") for module in model.modules()):
+        raise ValueError(
+            "this model holds what torch.compile returned, under whose names an adapter would not be found again: give "
+            "the model as it was, and compile it in place, model.compile()"
+        )
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"the weights of this model are on {', '.join(devices)}: load it onto one device, device_map={{'': 0}}"
+        )
     _require_plain(output_head(model), "the output head")
     for layer, block in enumerate(family.blocks(model)):
         for path in (family.mlp_path, family.attention_path):
@@ -105,14 +112,28 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
+def require_supported(model: nn.Module) -> Family:
+    """
+    Raises:
+        ValueError: another `model_type`, with the list; a wrapper around a model.
+    """
+    _refuse_wrapper(model)
+    name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if name not in FAMILIES:
+        raise ValueError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
 def output_head(model: Any) -> nn.Module:
     """The last layer of a causal model.
 
     Raises:
-        ValueError: it has none, or is no causal model.
+        ValueError: it has none, is no causal model, or a wrapper around one.
     """
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None or getattr(model.config, "is_encoder_decoder", False):
+    masked = "MaskedLM" in type(model).__name__  # a decoder that forgot to be causal shows when it is tried
+    if head is None or masked or getattr(model.config, "is_encoder_decoder", False):
+        _refuse_wrapper(model)
         raise ValueError(f"{type(model).__name__} is no causal language model; load one with AutoModelForCausalLM")
     return head
 
@@ -125,6 +146,15 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 def without_autocast(tensor: Tensor) -> torch.autocast:
     """A context in which products on this tensor's device keep their precision."""
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _refuse_wrapper(model: nn.Module) -> None:
+    """DistributedDataParallel and its like keep the model as `module`, a name that transformers does not use."""
+    if isinstance(inner := getattr(model, "module", None), nn.Module):
+        raise ValueError(
+            f"this {type(model).__name__} wraps a {type(inner).__name__}: give the model itself, "
+            "accelerator.unwrap_model(model) or model.module"
+        )
 
 
 def _require_plain(module: nn.Module, where: str) -> None:

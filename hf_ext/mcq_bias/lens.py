@@ -14,7 +14,7 @@ from torch import nn
 from hf_ext.mcq_bias.families import Family, at_least_float32, without_autocast
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensWeights:
     """What the lens needs of the weights. v are the value vectors, b the MLP's bias, each minus its mean over d.
 
@@ -56,7 +56,7 @@ def lens_weights(family: Family, model: nn.Module) -> LensWeights:
     return LensWeights(**stacked, epsilon=family.norm_epsilon(model), width=len(bias))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LensRows:
     """One row each: activations (n, L, F); along U[anchor] - U[target], not divided by the norm of the input, what
     each neuron writes, toward (n, L, F), and each bias, bias_toward (n, L); the sum of that direction (n,)."""

@@ -8,13 +8,13 @@ import datasets
 import evaluate
 
 from hf_ext import compat
+from hf_ext.mcq_bias import METRIC as NAME
 from hf_ext.mcq_bias.answers import gather
 from hf_ext.mcq_bias.bias import measure
-from hf_ext.mcq_bias.columns import MIXED, Columns, read_columns
-from hf_ext.mcq_bias.config import OPTIONS, BiasOptions, check_num_choices, refuse_unknown
-from hf_ext.mcq_bias.extra_columns import common_num_choices
+from hf_ext.mcq_bias.checks import check_num_choices, refuse_unknown
+from hf_ext.mcq_bias.columns import MIXED, Columns, common_num_choices, read_columns
+from hf_ext.mcq_bias.config import OPTIONS, BiasOptions
 
-NAME = "anchored_mcq_bias"
 EXTRA_COLUMNS = ("num_choices", "group", "permutation")
 
 _DESCRIPTION = """\
@@ -79,6 +79,10 @@ class AnchoredMCQBias(evaluate.Metric):
         ]
         known = ("num_choices", "anchor", "confidence", "n_resamples", *hosts)
         refuse_unknown(host, known, f"evaluate.load({NAME!r})")  # the host swallows what it does not know
+        if config_name is not None:
+            raise ValueError(
+                f"config_name={config_name!r}: {NAME!r} has no configurations. For the letter: anchor={config_name!r}"
+            )
         self.num_choices = None if num_choices is None else check_num_choices(num_choices)
         self.options = BiasOptions(anchor, confidence, n_resamples)
         self._holds_scores: bool | None = None  # what was added since the last compute
@@ -180,8 +184,9 @@ class AnchoredMCQBias(evaluate.Metric):
             has_scores = columns.scores is not None
             if self._holds_scores not in (None, has_scores):
                 raise ValueError(MIXED)
-            self._holds_scores = has_scores
         super().add_batch(**columns.to_lists())
+        if len(columns):
+            self._holds_scores = has_scores
 
     def _compute(
         self, predictions: Any, references: Any, num_choices: Any, group: Any, permutation: Any, **options: Any

@@ -1,9 +1,9 @@
 """Repair of a preference for one letter: a small, reversible edit of value vectors, delivered as a LoRA adapter."""
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from hashlib import sha256
 from typing import Any
 
 import torch
@@ -12,16 +12,23 @@ from peft import PeftModel
 import hf_ext
 from hf_ext import compat
 from hf_ext.mcq_bias.attribution import attribute
+from hf_ext.mcq_bias.checks import LETTERS, check_count
 from hf_ext.mcq_bias.contributions import BiasAttribution
-from hf_ext.mcq_bias.edits import Chosen, edits_for, heads_for_anchor, neurons_for_anchor
+from hf_ext.mcq_bias.edits import (
+    Chosen,
+    Plan,
+    RankOne,
+    as_adapter,
+    edits_for,
+    heads_for_anchor,
+    neurons_for_anchor,
+    tried,
+)
 from hf_ext.mcq_bias.examples import Examples, read_examples
 from hf_ext.mcq_bias.families import family_of
-from hf_ext.mcq_bias.letters import LETTERS
-from hf_ext.mcq_bias.plan import Plan
-from hf_ext.mcq_bias.rank_one import RankOne, as_adapter, tried
+from hf_ext.mcq_bias.saving import prompt_hash
 from hf_ext.mcq_bias.scoring import letter_tokens
 from hf_ext.mcq_bias.strength import Exam, matching_strength, over_answers
-from hf_ext.mcq_bias.words import check_count
 
 
 def mitigate(
@@ -53,9 +60,10 @@ def mitigate(
       of the very sample that it scores next; with a random letter the model then says the random letter, and an
       untrained one becomes perfect. That is not offered.
 
-    PEFT wraps the given model in place and freezes it; `unload()` on the result gives it back, bit for bit. Saving,
-    loading, `disable_adapter` and `merge_and_unload` are PEFT's own. Compare with output calibration, which is cheaper:
-    `mitigation_report`.
+    PEFT wraps the given model in place and freezes it; `unload()` on the result gives it back, its weights bit for bit,
+    and frozen: `requires_grad_(True)` before it is trained again. Call this in one process, with the model itself and
+    no DistributedDataParallel around it. Saving, loading, `disable_adapter` and `merge_and_unload` are PEFT's own.
+    Compare with output calibration, which is cheaper: `mitigation_report`.
 
     Args:
         model: a causal model of the families gpt2, llama, mistral, qwen2, qwen3, without adapters.
@@ -73,24 +81,26 @@ def mitigate(
         guard_examples: labelled rows, none of them in `dev_examples`, on which the accuracy must not fall.
 
     Returns:
-        A PeftModel with `mcq_bias`, a dict: method, components, n, strength, anchor, target_share, share_before and
-        share_after (of the anchor among the answers to `dev_examples`), edited (layer -> neurons), edited_heads (layer
-        -> heads), fit_prompts (hashes), versions.
+        A PeftModel with `mcq_bias`, a dict: method, components, n, strength, anchor, letter_prefix, prepend_bos,
+        target_share, share_before and share_after (of the anchor among the answers to `dev_examples`), edited (layer
+        -> neurons), edited_heads (layer -> heads), fit_prompts (hashes), versions.
 
     Raises:
         ValueError: an option or example that is not as it has to be; a model that has adapters already; one that never
-            answers the anchor, or without a component that favours it; an accuracy that falls on `guard_examples`. The
-            model is as it was.
+            answers the anchor, or without a component that favours it; an accuracy that falls on `guard_examples`;
+            logits that are not finite. The model is as it was.
     """
     plan = Plan(method, components, strength, n, anchor)
     family = family_of(model)
     check_count("batch_size", batch_size)
-    dev = read_examples(dev_examples, with_labels=plan.needs_labels, anchor=plan.anchor)
+    dev = read_examples(dev_examples, plan.needs_labels, plan.anchor, name="dev_examples")
     asking = {"batch_size": batch_size, "letter_prefix": letter_prefix, "prepend_bos": prepend_bos}
-    exam = Exam(model, tokenizer, dev.prompts, dev.num_choices, asking)
+    exam = Exam(model, tokenizer, dev.prompts, dev.num_choices, asking, "dev_examples")
+    exam.check()
     guard = _guard(exam, guard_examples, plan)
 
     before = exam.share(plan.anchor)
+    _require_answers(before, "as it is")
     if before == 0:
         raise ValueError(_nothing(plan.anchor))
     target = "gold" if plan.needs_labels else "runner_up"
@@ -102,6 +112,7 @@ def mitigate(
     with torch.no_grad():
         edits = edits_for(plan, family, model, attribution, tokens, neurons, heads)
     chosen, after = _strength(plan, exam, edits, before, progress)
+    _require_answers(after, f"at strength {chosen:g}")
     if guard is not None:
         _require_accuracy(*guard, edits, chosen)
 
@@ -110,6 +121,8 @@ def mitigate(
         **asdict(plan),
         "strength": chosen,
         "anchor": LETTERS[plan.anchor],
+        "letter_prefix": letter_prefix,
+        "prepend_bos": prepend_bos,
         "target_share": exam.target_share(),
         "share_before": before,
         "share_after": after,
@@ -127,11 +140,6 @@ def _rows(examples: Examples) -> list[dict[str, Any]]:
     return [{"prompt": prompt, "num_choices": k, "label": label} for prompt, k, label in columns]
 
 
-def prompt_hash(prompt: str) -> str:
-    """By which a prompt is known again."""
-    return sha256(prompt.encode()).hexdigest()[:16]
-
-
 def _guard(exam: Exam, examples: Any, plan: Plan) -> tuple[Exam, list[int]] | None:
     """The questions that watch over accuracy, and their labels."""
     if examples is None:
@@ -140,10 +148,10 @@ def _guard(exam: Exam, examples: Any, plan: Plan) -> tuple[Exam, list[int]] | No
                 "method='paper' without guard_examples: nothing checks that the accuracy does not fall", stacklevel=3
             )
         return None
-    rows = read_examples(examples, with_labels=True)
+    rows = read_examples(examples, with_labels=True, name="guard_examples")
     if shared := len(set(rows.prompts) & set(exam.prompts)):
         raise ValueError(f"guard_examples: {shared} of its prompts are in dev_examples too; a guard sees others")
-    guard = replace(exam, prompts=rows.prompts, num_choices=rows.num_choices)
+    guard = replace(exam, prompts=rows.prompts, num_choices=rows.num_choices, name="guard_examples")
     guard.check()
     return guard, rows.labels
 
@@ -188,6 +196,14 @@ def _require_accuracy(guard: Exam, labels: list[int], edits: Sequence[RankOne], 
         raise ValueError(
             f"the accuracy on guard_examples falls from {before:.4f} to {after:.4f} at strength {strength:g}; the "
             "model is left as it was"
+        )
+
+
+def _require_answers(share: float, when: str) -> None:
+    if math.isinf(share):
+        raise ValueError(
+            f"some logits of the model on dev_examples are not finite {when}, so that it has no answer; the model is "
+            "left as it was"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.letters import letter_index
+from hf_ext.mcq_bias.checks import letter_index
 
 NO_ANSWER, NONSENSE = -1, -2
 _BEYOND = 1 << 40  # stands for every larger index, so that it fits an integer and a float64
@@ -22,8 +22,14 @@ def column(name: str, values: Any) -> np.ndarray | list[Any]:
     """
     if isinstance(values, str | bytes | Mapping | set) or not hasattr(values, "__iter__"):
         raise ValueError(f"{name}: found {values!r}, a {type(values).__name__}; expected one value a row")
+    if hasattr(values, "isna") and not (isinstance(values.dtype, np.dtype) and values.dtype.kind == "f"):
+        values = values.astype(object).where(values.notna(), None)  # of pandas: it writes None as NaN or NA
+    if isinstance(values, np.ma.MaskedArray):
+        values = values.tolist() if values.ndim == 1 else values.astype(np.float64).filled(np.nan)
+    if isinstance(values, list):
+        return values
     if hasattr(values, "detach") or (hasattr(values, "__array__") and not hasattr(values, "to_pylist")):
-        values = array(values)
+        values = array(values, name)
         if values.ndim not in (1, 2):
             raise ValueError(f"{name}: found an array of shape {values.shape}; expected one value or one list a row")
         return values if values.dtype.kind in "biuf" else values.tolist()
@@ -33,9 +39,18 @@ def column(name: str, values: Any) -> np.ndarray | list[Any]:
     return list(values[:] if isinstance(values, Sequence) else values)
 
 
-def array(values: Any) -> np.ndarray:
-    """A tensor or an array in numpy's terms. Floats that numpy does not have, such as bf16, become float64, exactly."""
+def array(values: Any, name: str) -> np.ndarray:
+    """A tensor or an array in numpy's terms. Floats that numpy does not have, such as bf16, become float64, exactly.
+
+    Raises:
+        ValueError: a tensor of the user's argument `name` that is sparse, nested or without values.
+    """
     if hasattr(values, "detach"):
+        if values.is_nested or values.is_meta or str(values.layout) != "torch.strided":
+            kind = "nested" if values.is_nested else "meta" if values.is_meta else str(values.layout)
+            raise ValueError(
+                f"{name}: found a {kind} tensor; expected an ordinary one, as to_dense() or a list of rows"
+            )
         values = values.detach().cpu()
         return (values.double() if values.is_floating_point() else values).numpy()
     values = np.asarray(values)
@@ -45,6 +60,11 @@ def array(values: Any) -> np.ndarray:
 def is_row(value: Any) -> bool:
     """Whether it is a list of numbers, and not one answer."""
     return isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+
+
+def is_missing(value: Any) -> bool:
+    """Whether it is None, or the NA of pandas, which equals nothing and is neither true nor false."""
+    return value is None or type(value).__name__ == "NAType"
 
 
 def indices(values: np.ndarray | list[Any]) -> np.ndarray:
@@ -61,14 +81,14 @@ def indices(values: np.ndarray | list[Any]) -> np.ndarray:
         values = values.astype(np.float64)  # which holds all of them, and `_BEYOND`
     good = values >= NO_ANSWER
     if values.dtype.kind == "f":
-        good &= values == np.floor(values)
+        good &= (values == np.floor(values)) & np.isfinite(values)
     return np.where(good, np.minimum(values, _BEYOND), NONSENSE).astype(np.int64)
 
 
 def _index(value: Any) -> int:
     if hasattr(value, "item"):  # a scalar of numpy or torch
         value = value.item()
-    if value is None:
+    if is_missing(value):
         return NO_ANSWER
     if isinstance(value, str):
         return _letter(value)
@@ -96,7 +116,7 @@ def score_rows(values: np.ndarray | list[Any]) -> tuple[np.ndarray, np.ndarray]:
             rows = [[value.item() if hasattr(value, "item") else value for value in row] for row in values]
             kinds = set(map(type, chain.from_iterable(rows)))
     else:
-        rows = [array(row) for row in values]
+        rows = [array(row, f"predictions[{number}]") for number, row in enumerate(values)]
         kinds = {row.dtype.type for row in rows if row.size}
     if not all(map(_is_number_type, kinds)) or any(getattr(row, "ndim", 1) != 1 for row in rows):
         _refuse_row(rows)

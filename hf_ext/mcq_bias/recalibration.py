@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.mcq_bias.attention import LastQuery, watched_attention
-from hf_ext.mcq_bias.families import FAMILIES
-from hf_ext.mcq_bias.words import check_word
+from hf_ext.mcq_bias.batches import asked_rows
+from hf_ext.mcq_bias.checks import check_word
+from hf_ext.mcq_bias.examples import WHERE
+from hf_ext.mcq_bias.families import require_supported
 
 MODES = ("swap", "equalise")
-WHERE = ("letter", "colon", "content")
 FILE = "recalibration.json"
 Heads = Literal["all"] | Sequence[tuple[int, int]]
 
@@ -29,8 +30,8 @@ class RecalibrationConfig:
     Args:
         heads: "all", or pairs (layer, head), counted from 0.
         mode: "swap" or "equalise", see `recalibrate_attention`.
-        where: on which token of an option the positions stand, "letter" (A), "colon" (:) or "content" (its first
-            token). Positions differ from prompt to prompt and are not kept here; this says which ones to pass.
+        where: on which token of an option the positions stand, "letter", "colon" or "content". Positions differ from
+            prompt to prompt and are not kept here: `option_positions(tokenizer, prompts, num_choices, config.where)`.
 
     Raises:
         ValueError: naming the value, what is allowed and the nearest match.
@@ -77,32 +78,35 @@ class RecalibrationConfig:
 
 @contextmanager
 def recalibrate_attention(
-    model: nn.Module, heads: Heads | RecalibrationConfig, positions: Any, mode: str = "swap"
+    model: nn.Module, heads: Heads | RecalibrationConfig, positions: Any, mode: str | None = None
 ) -> Iterator[None]:
     """Alter, inside the context, the attention weights of each prompt's last token (arXiv 2405.03205).
 
     Weights are altered, not the weighted values: their sum would not notice an exchange. Rows keep summing to 1. It
-    acts on the last token of whole prompts: in `generate` on the first forward, not on the tokens that follow, and not
-    with a static cache, of which a warning tells. It ends with the context, exceptions included. Other models are not
-    touched, though they share the config. Positions of the right option are an oracle: with them this is an experiment,
-    not a repair.
+    acts on the last token of whole prompts: in `generate` on the first forward, with or without a cache, not on those
+    that follow, and not with a static cache, of which a warning tells. It ends with the context, exceptions included.
+    Other models are not touched, though they share the config; nor is a copy of the model made inside, which keeps the
+    eager engine. Positions of the right option are an oracle: with them this is an experiment, not a repair.
 
     Args:
         model: gpt2, llama, mistral, qwen2 or qwen3, adapters allowed. Pad its batches on the left.
-        heads: "all", [] for none, [(layer, head), ...], or a `RecalibrationConfig`, whose mode then holds.
+        heads: "all", [] for none, [(layer, head), ...], or a `RecalibrationConfig`.
         positions: integers, (m,) for every row or (rows, m), counted from the end: -1 is the last token. 0 = absent.
+            `option_positions` finds them. Rows are those of the forward's batch; in `score_choices` and its like those
+            of all prompts, in the order given.
         mode: "swap": the two positions of a row (m = 2) exchange their weights; a row that lacks one stays as it is.
-            "equalise": all positions of a row get their mean.
+            "equalise": all positions of a row get their mean. None: that of the configuration, or "swap".
 
     Raises:
-        ValueError: an unknown family, head or mode; positions that are positive, no integers, or not two for "swap".
-            At the forward: another number of rows than in `positions`; a position before the row's first token, in
-            its padding, or beyond the layer's window; padding on the right.
+        ValueError: an unknown family, head or mode; a mode that is not the configuration's; positions that are
+            positive, no integers, or not two for "swap". At the forward: another number of rows than in `positions`; a
+            position before the row's first token, in its padding, or beyond the layer's window; padding on the right.
     """
     if isinstance(heads, RecalibrationConfig):
-        if mode not in ("swap", heads.mode):
+        if mode not in (None, heads.mode):
             raise ValueError(f"mode={mode!r} contradicts the configuration, which says {heads.mode!r}")
         heads, mode = heads.heads, heads.mode
+    mode = "swap" if mode is None else mode
     check_word("mode", mode, MODES)
     chosen = _heads_by_layer(model, _checked_heads(heads))
     places = _checked_positions(positions, mode)
@@ -143,8 +147,16 @@ def _columns(places: Tensor, query: LastQuery) -> Tensor:
     rows, _, length = query.weights.shape
     if places.ndim == 1:
         places = places.expand(rows, -1)
+    elif (asked := asked_rows()) is not None:
+        numbers, count = asked
+        if len(places) != count:
+            raise ValueError(f"positions are for {len(places)} rows, and there are {count} prompts")
+        places = places[numbers]
     if len(places) != rows:
-        raise ValueError(f"positions are for {len(places)} rows, and the batch has {rows}")
+        raise ValueError(
+            f"positions are for {len(places)} rows, and the batch has {rows}; generate with num_beams or "
+            "num_return_sequences makes as many rows of each, one behind the other"
+        )
     places = places.to(query.weights.device)
     columns = torch.where(places < 0, places + length, -1)
     wrong = (places < 0) & (columns < 0)
@@ -164,10 +176,8 @@ def _columns(places: Tensor, query: LastQuery) -> Tensor:
 
 
 def _heads_by_layer(model: nn.Module, heads: Heads) -> dict[int, list[int]]:
-    config = getattr(model, "config", None)
-    name = getattr(config, "model_type", type(model).__name__)
-    if name not in FAMILIES:
-        raise ValueError(f"model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+    require_supported(model)
+    config = model.config
     layers, width = config.num_hidden_layers, config.num_attention_heads
     if heads == "all":
         return {layer: list(range(width)) for layer in range(layers)}

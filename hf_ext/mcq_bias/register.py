@@ -1,13 +1,12 @@
 """What the tools for multiple-choice bias add to their hosts, and its undo."""
 
 from hf_ext import compat
-from hf_ext.mcq_bias.path import METRICS
+from hf_ext.mcq_bias import METRIC
 
 
 def add_to_evaluate() -> None:
     """The metric "anchored_mcq_bias"."""
-    [name] = METRICS
-    compat.wrap_evaluate_factory(name, f"hf_ext.mcq_bias.{name}.{name}")
+    compat.wrap_evaluate_factory(METRIC, f"hf_ext.mcq_bias.{METRIC}.{METRIC}")
 
 
 def remove_from_evaluate() -> None:

@@ -9,11 +9,10 @@ from typing import Any
 from peft import PeftModel
 
 from hf_ext.mcq_bias.bias import bias_metrics
+from hf_ext.mcq_bias.checks import LETTERS, anchor_index
 from hf_ext.mcq_bias.examples import read_examples
-from hf_ext.mcq_bias.letters import LETTERS, anchor_index
-from hf_ext.mcq_bias.mitigation import prompt_hash
-from hf_ext.mcq_bias.saving import facts_of
-from hf_ext.mcq_bias.scoring import score_choices
+from hf_ext.mcq_bias.saving import facts_of, prompt_hash
+from hf_ext.mcq_bias.scoring import prepare, score_choices
 
 ROWS = ("before", "output calibration", "after")
 SHOWN = ("accuracy", "anchored_bias_rate", "cmh_z", "tvd", "recall_std")
@@ -61,33 +60,41 @@ def mitigation_report(
     pm: PeftModel,
     tokenizer: Any,
     examples: Iterable[Mapping[str, Any]],
-    anchor: str | int = "A",
+    anchor: str | int | None = None,
     batch_size: int = 64,
-    letter_prefix: str = " ",
-    prepend_bos: bool = False,
+    letter_prefix: str | None = None,
+    prepend_bos: bool | None = None,
     progress: bool = True,
 ) -> MitigationReport:
     """Measure bias and accuracy with and without the adapter, on labelled examples that the fit has not seen.
 
     Args:
-        pm: what `mitigate` returned, or the same adapter loaded again.
+        pm: what `mitigate` or `load_mitigation` returned.
         tokenizer: the tokenizer of the model.
         examples: rows as for `mitigate`, with `label`.
         anchor: the letter, or its index.
-        batch_size, letter_prefix, prepend_bos, progress: as in `score_choices`.
+        letter_prefix, prepend_bos: as in `score_choices`. These and the anchor are by default those of the fit, and
+            "A", " " and False where `pm` has no record of it. Others than those of the fit cause a warning.
+        batch_size, progress: as in `score_choices`.
 
     Raises:
         ValueError: `pm` is no PeftModel; missing or wrong labels; what `score_choices` refuses.
     """
     if not isinstance(pm, PeftModel):
         raise ValueError(f"found a {type(pm).__name__}, expected the PeftModel that mitigate returns")
-    index = anchor_index(anchor)
+    given = {"anchor": anchor, "letter_prefix": letter_prefix, "prepend_bos": prepend_bos}
+    if anchor is not None:
+        given["anchor"] = LETTERS[anchor_index(anchor)]
+    asking = _as_in_the_fit(pm, given)
+    index = anchor_index(asking.pop("anchor"))
     rows = read_examples(examples, with_labels=True)
+    prepare(pm, tokenizer, rows.prompts, rows.num_choices, **asking, name="examples")
     _warn_of_overlap(pm, rows.prompts)
-    asked = tokenizer, rows.prompts, rows.num_choices, batch_size, letter_prefix, prepend_bos, progress
 
     def measured() -> dict[str, int | float]:
-        scores = score_choices(pm, *asked)
+        scores = score_choices(
+            pm, tokenizer, rows.prompts, rows.num_choices, batch_size=batch_size, progress=progress, **asking
+        )
         return bias_metrics(scores.scores, rows.labels, num_choices=scores.num_choices, anchor=index)
 
     with pm.disable_adapter():
@@ -95,15 +102,31 @@ def mitigation_report(
     return MitigationReport(LETTERS[index], before, measured())
 
 
+def _as_in_the_fit(pm: PeftModel, given: dict[str, Any]) -> dict[str, Any]:
+    """Each option as given, else as in the fit, else its usual value."""
+    fit, asking = facts_of(pm) or {}, {}
+    for name, usual in (("anchor", "A"), ("letter_prefix", " "), ("prepend_bos", False)):
+        recorded = fit.get(name, usual)
+        asking[name] = recorded if given[name] is None else given[name]
+        if name in fit and asking[name] != recorded:
+            warnings.warn(
+                f"{name}={asking[name]!r}, and the fit had {recorded!r}: what is measured is not what was mitigated",
+                stacklevel=3,
+            )
+    return asking
+
+
 def _warn_of_overlap(pm: PeftModel, prompts: list[str]) -> None:
     facts = facts_of(pm)
     if facts is None:
         warnings.warn(
-            "this model has no mcq_bias, as after loading: whether these prompts occurred in the fit is not known",
+            "this model has no mcq_bias, as after PeftModel.from_pretrained (load_mitigation reads it): whether these "
+            "prompts occurred in the fit is not known",
             stacklevel=3,
         )
         return
-    seen = sum(prompt_hash(prompt) in set(facts["fit_prompts"]) for prompt in prompts)
+    fitted = set(facts["fit_prompts"])
+    seen = sum(prompt_hash(prompt) in fitted for prompt in prompts)
     if seen:
         warnings.warn(
             f"{seen} of the {len(prompts)} prompts occurred in the fit: their numbers say nothing of new ones",

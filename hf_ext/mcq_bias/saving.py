@@ -1,7 +1,9 @@
 """Folders of mitigations, here and on the hub: PEFT's own files, how the adapter came about, and the card."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel
 
@@ -42,21 +44,50 @@ def save_mitigation(pm: PeftModel, path: str | Path) -> None:
 
     And README.md, a card, unless somebody's own is there: into that PEFT writes what it always does.
 
-    `PeftModel.from_pretrained(model, path)` loads it, without `mcq_bias`; read the JSON file for that (in it, layers
-    are strings). A base model in float64 needs nothing more: PEFT brings the adapter to the precision of the base.
+    `load_mitigation(model, path)` loads it, and `PeftModel.from_pretrained` does without `mcq_bias`. A base model in
+    float64 needs nothing more: PEFT brings the adapter to the precision of the base.
 
     Raises:
-        ValueError: `pm` does not come from `mitigate`, or has been saved and loaded since.
+        ValueError: `pm` comes neither from `mitigate` nor from `load_mitigation`.
     """
     facts = facts_of(pm)
     if facts is None:
-        raise ValueError(f"{type(pm).__name__} has no mcq_bias: save_mitigation takes what mitigate returns")
+        raise ValueError(
+            f"{type(pm).__name__} has no mcq_bias: save_mitigation takes what mitigate or load_mitigation returns"
+        )
     folder = Path(path)
     ours = compat.may_write_card(folder)
     pm.save_pretrained(str(folder))
     (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     if ours:
         compat.write_card(folder, _card(pm, facts))
+
+
+def load_mitigation(model: Any, path: str | Path) -> PeftModel:
+    """`PeftModel.from_pretrained(model, path)`, and `mcq_bias` with it: `mitigation_report` then knows what was fitted.
+
+    Args:
+        model: the base model, which PEFT wraps in place.
+        path: a folder of `save_mitigation`, or a repository of `push_to_hub`.
+
+    Raises:
+        OSError: there is no `mcq_bias.json`, or no such repository.
+        ValueError: that file is damaged or of something else. In both cases the model is as it was.
+    """
+    folder = compat.folder_of(path, (FILE, "adapter_config.json", "adapter_model.safetensors"))
+    file = folder / FILE
+    if not file.is_file():
+        raise OSError(f"{path} holds no {FILE}; a folder written by save_mitigation is expected")
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        for name in ("edited", "edited_heads"):  # JSON knows no integers as keys
+            facts[name] = {int(layer): indices for layer, indices in facts[name].items()}
+        set(facts["fit_prompts"])
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged, or of something else: {error!r}") from None
+    pm = PeftModel.from_pretrained(model, str(folder))
+    pm.mcq_bias = facts
+    return pm
 
 
 def push_to_hub(
@@ -72,7 +103,7 @@ def push_to_hub(
     """Upload what `save_mitigation` writes; `PeftModel.from_pretrained(model, repo_id)` loads it.
 
     Args:
-        pm: what `mitigate` returned.
+        pm: what `mitigate` or `load_mitigation` returned.
         repo_id: "user/name"; made where it is missing. A card that it has stays, unless it is an unedited one of ours.
         commit_message: of the one commit.
         private: of a repository that is made now; None: public, unless its organisation has another default.
@@ -95,6 +126,11 @@ def push_to_hub(
         revision=revision,
         create_pr=create_pr,
     )
+
+
+def prompt_hash(prompt: str) -> str:
+    """By which a prompt is known again."""
+    return sha256(prompt.encode()).hexdigest()[:16]
 
 
 def facts_of(pm: PeftModel) -> dict | None:

@@ -1,12 +1,60 @@
-"""The terms of logit[a] - logit[b] at the last position, from what a model's parts received there."""
+"""The terms of logit[a] - logit[b] at the last position, from what hooks see a model's parts receive there."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_ext.mcq_bias.capture import LastPosition
+from hf_ext.mcq_bias.attention import LastQuery, watched_attention
 from hf_ext.mcq_bias.families import Family, at_least_float32, output_head, without_autocast
+
+
+@dataclass
+class LastPosition:
+    """The last position in the latest forward.
+
+    embedding, final: (B, d), input of block 0 and of the final norm. neurons: layer -> (B, F), input of the MLP's last
+    projection. mixtures: layer -> (B, H * head_dim), input of the attention's. looks: layer -> its `LastQuery`.
+    """
+
+    embedding: Tensor | None = None
+    final: Tensor | None = None
+    neurons: dict[int, Tensor] = field(default_factory=dict)
+    mixtures: dict[int, Tensor] = field(default_factory=dict)
+    looks: dict[int, LastQuery] = field(default_factory=dict)
+
+
+@contextmanager
+def captured(family: Family, model: nn.Module, with_attention: bool) -> Iterator[LastPosition]:
+    """Inside, each forward of `model` fills the LastPosition; the hooks are gone afterwards, whatever happens.
+
+    with_attention: fill `looks` too, which has the model compute attention by our own function.
+    """
+    seen = LastPosition()
+    blocks = family.blocks(model)
+    handles = []
+
+    def watch(module: nn.Module, keep: Callable[[Tensor], Any]) -> None:
+        # A copy: a view would keep the activations of all positions alive.
+        handles.append(module.register_forward_pre_hook(lambda _, args: keep(args[0][:, -1].clone())))
+
+    def look(query: LastQuery) -> None:
+        seen.looks[query.layer] = query._replace(weights=query.weights.clone())
+
+    try:
+        watch(blocks[0], lambda x: setattr(seen, "embedding", x))
+        watch(family.final_norm(model), lambda x: setattr(seen, "final", x))
+        for layer, block in enumerate(blocks):
+            watch(family.mlp_projection(block), lambda x, layer=layer: seen.neurons.update({layer: x}))
+            watch(family.attention_projection(block), lambda x, layer=layer: seen.mixtures.update({layer: x}))
+        with watched_attention(model, look) if with_attention else nullcontext():
+            yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def terms_of(
@@ -35,8 +83,8 @@ def terms_of(
         }
 
 
-def total_of(terms: Mapping[str, Tensor]) -> Tensor:
-    """(B,): the sum of the terms, which is the difference of the logits."""
+def total_of(terms: Mapping[str, Any]) -> Any:
+    """(B,): the sum of the terms, which is the difference of the logits; tensors or arrays."""
     layers = terms["neurons"].sum(-1) + terms["heads"].sum(-1) + terms["mlp_bias"] + terms["attention_bias"]
     return terms["embedding"] + layers.sum(-1) + terms["final_norm_bias"] + terms["output_bias"]
 

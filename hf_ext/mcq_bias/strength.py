@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_ext.mcq_bias.answers import EXACTLY, maxima
-from hf_ext.mcq_bias.letters import LETTERS
-from hf_ext.mcq_bias.scoring import prepare, score_choices
+from hf_ext.mcq_bias.checks import LETTERS
+from hf_ext.mcq_bias.scoring import NotFiniteError, prepare, score_choices
 
 DOUBLINGS, BISECTIONS = 10, 12
 NORMAL_95 = 1.96
@@ -26,22 +26,31 @@ class Exam:
     prompts: Sequence[str]
     num_choices: Sequence[int]
     options: dict[str, Any]
+    name: str  # of the argument that the prompts come from
 
     def check(self) -> None:
         """Raise what the model cannot be asked, before it is."""
         prepare(
             *(self.model, self.tokenizer, self.prompts, self.num_choices),
             *(self.options[name] for name in ("letter_prefix", "prepend_bos")),
+            name=self.name,
         )
 
     def answers(self) -> np.ndarray:
-        """(n, K): the share of each letter in the model's answer, 1/t for each of t equally good ones."""
+        """(n, K): the share of each letter in the model's answer, 1/t for each of t equally good ones.
+
+        Raises:
+            NotFiniteError: logits are not finite.
+        """
         asked = self.model, self.tokenizer, self.prompts, self.num_choices
         return maxima(score_choices(*asked, progress=False, **self.options).scores, EXACTLY)[0]
 
     def share(self, anchor: int) -> float:
-        """How often it answers the letter."""
-        return float(self.answers()[:, anchor].mean())
+        """How often it answers the letter; inf if a prompt has no answer, as no edit is worth that."""
+        try:
+            return float(self.answers()[:, anchor].mean())
+        except NotFiniteError:
+            return math.inf
 
     def accuracy(self, labels: Sequence[int]) -> float:
         return float(self.answers()[np.arange(len(labels)), labels].mean())
@@ -75,7 +84,7 @@ def matching_strength(
         warnings.warn(
             f"the share of answers {LETTERS[anchor]} does not fall to {target:.3f}: the best is {seen[best]:.3f}, at "
             f"strength {best:g}. Edit more neurons (n), or components='both'",
-            stacklevel=3,
+            stacklevel=4,
         )
     return best, seen[best]
 

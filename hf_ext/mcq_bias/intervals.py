@@ -5,9 +5,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from hf_ext.mcq_bias.answers import Answers
+from hf_ext.mcq_bias.answers import NAN, Answers
 
-NAN = math.nan
 _AT_ONCE = 1 << 22  # counts of the bootstrap that are held at a time
 
 
@@ -17,7 +16,10 @@ def wilson(hits: float, n: int, confidence: float) -> tuple[float, float]:
         return NAN, NAN
     z, p = NormalDist().inv_cdf((1 + confidence) / 2), hits / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(max(0.0, p * (1 - p)) / n + z * z / (4 * n * n))
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    # At the ends exactly, which rounding misses.
+    low = (middle - half) / (1 + z * z / n) if hits > 0 else 0.0
+    high = (middle + half) / (1 + z * z / n) if hits < n else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def cochran_mantel_haenszel(answers: Answers, anchor: int) -> tuple[float, float, float]:
