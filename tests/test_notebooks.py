@@ -180,6 +180,53 @@ print(json.dumps({
 }))
 """
 
+TOGETHER_FACTS = """
+import json
+
+def finite(scores):
+    return [[float(x) if np.isfinite(x) else None for x in row] for row in scores]
+
+def chief(result):
+    return [result[name] for name in CHIEF]
+
+def lists_of(part):
+    return [[row["retrieved"], row["source"], row["utility"], row["answer"]] for row in part]
+
+def scored(model):
+    return finite(scores_of(model).scores)
+
+def size_of(folder):
+    return {path.name: path.stat().st_size for path in (FOLDER / folder).iterdir()}
+
+stated = {name: chief(result) for name, result in (("spoilt", report.before), ("repaired", report.after))}
+stated |= {name: chief(read[name, 0]) for name in rows}
+with repaired.disable_adapter():
+    found = {"spoilt": scored(repaired)}
+found |= {"repaired": scored(repaired)} | {name: scored(readers[name, 0]) for name in rows}
+prompts = {"corpus": corpus, "questions": questions, "test": test, "skewed": skewed, "unlabelled": unlabelled}
+print(json.dumps({
+    "liars": sorted(liars), "left": list(kept["id"]), "parts": [lists_of(part) for part in (fit, tune, held)],
+    "corpus": [[x["id"], x["source"], x["key"], x["label"], x["choices"], x["question"]] for x in corpus],
+    "weights": {"learned weights": weights.to_dict(), "mean utility": mean.to_dict()},
+    "column": list(weighed["importance"]),
+    "thresholds": {"learned weights": weights.threshold, "mean utility": mean.threshold}, "useful": useful,
+    "pruned": {name: sorted(sources) for name, sources in pruned.items()},
+    "rows": {name: [[x.get("position_ids"), x["input_ids"], x["labels"]] for x in part] for name, part in rows.items()},
+    "words": tokenizer.convert_ids_to_tokens(range(len(tokenizer))), "bos": tokenizer.bos_token_id, "leaks": leaks,
+    "attention": {name: readers[name, 0].config._attn_implementation for name in rows}, "found": found,
+    "stated": stated, "labels": labels, "counts": [len(item["choices"]) for item in test],
+    "prompts": {name: [train_options.prompt(x) for x in part] for name, part in prompts.items()},
+    "keys": [sorted(unlabelled[0]), [x["key"] for x in skewed]], "again": again, "merge_error": float(merge_error),
+    "adapters": {x: json.loads((FOLDER / x / "adapter_config.json").read_text())["peft_type"] for x in ADAPTERS},
+    "numbers": trained_numbers,
+    "layers": [[m.out_features, m.in_features] for n, m in reader().named_modules() if n.endswith("_proj")],
+    "shares": [facts["share_before"], facts["share_after"]], "rank": repaired.peft_config["default"].r,
+    "apart": apart, "levels": levels, "right": right, "size": size, "files": [size_of("float"), size_of("packed")],
+    "guesses": {name: logits_of(model).argmax(-1).tolist() for name, model in (("longer", longer), ("int8", integers))},
+    "targets": test_answers.tolist(), "images": [len(images), len(test_images)], "closing": closing,
+}))
+"""
+
 
 @pytest.fixture(params=SOURCES, ids=lambda path: path.stem)
 def pair(request):
@@ -246,7 +293,14 @@ def importance(tmp_path_factory):
     return run("importance_weights", IMPORTANCE_FACTS, tmp_path_factory.mktemp("importance"))
 
 
-@pytest.mark.parametrize(("name", "figures"), [("anchor", 4), ("bone", 2), ("ofq", 5), ("importance", 4)])
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return run("all_together", TOGETHER_FACTS, tmp_path_factory.mktemp("together"))
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"), [("anchor", 4), ("bone", 2), ("ofq", 5), ("importance", 4), ("together", 2)]
+)
 def test_a_fresh_run_is_quiet_and_draws_its_figures(name, figures, request):
     _, notebook = request.getfixturevalue(name)
     assert not [output.text for output in outputs(notebook) if output.get("name") == "stderr"]
@@ -823,3 +877,211 @@ def test_as_many_lists_are_sampled_as_the_certificate_asks_for(importance):
             min(Q * (N + 1) / (N + Q), (2 * B**2 * share / e**2 + 4 * B / (3 * e)) * L) for share in (0.4, 0.45)
         )
         assert ceil(least) <= count <= ceil(most)
+
+
+# --- all together: one reader a way of training, from 24 sources of which 8 lie
+
+
+def documents_of(row):
+    """The documents of a packed row, each [positions, tokens, labels]; position 0 is an anchor."""
+    found = []
+    for position, token, label in zip(*row, strict=True):
+        if position == 0:
+            found.append([[], [], []])
+        for column, value in zip(found[-1], (position, token, label), strict=True):
+            column.append(value)
+    return found
+
+
+def judged_by_hand(scores, labels, offsets=None):
+    """Accuracy, and how often A is said where it is wrong; offsets: number of choices -> what each letter loses."""
+    said = []
+    for row in scores:
+        row = [score for score in row if score is not None]
+        row = [score - off for score, off in zip(row, (offsets or {}).get(len(row), [0] * len(row)), strict=True)]
+        said.append(row.index(max(row)))
+    wrong = [answer for answer, label in zip(said, labels, strict=True) if label != 0]
+    return [sum(a == b for a, b in zip(said, labels, strict=True)) / len(labels), wrong.count(0) / len(wrong)]
+
+
+def mean_log_softmax(scores):
+    """Number of choices -> the mean of each letter."""
+    import numpy as np
+
+    by_count = {}
+    for row in scores:
+        row = np.array([score for score in row if score is not None])
+        by_count.setdefault(len(row), []).append(row - np.logaddexp.reduce(row))
+    return {count: np.mean(rows, axis=0) for count, rows in by_count.items()}
+
+
+def test_liars_and_nobody_else_lie_and_always_say_a(together):
+    facts, _ = together
+    wrong = {source for _, source, key, label, *_ in facts["corpus"] if key != label}
+    assert sorted(wrong) == facts["liars"]
+    assert {key for _, _, key, label, *_ in facts["corpus"] if key != label} == {0}
+    assert len(facts["liars"]) == 8
+    assert len({source for _, source, *_ in facts["corpus"]}) == 24
+
+
+def test_lists_hold_documents_about_the_word_that_is_asked_for(together):
+    facts, _ = together
+    document = {i: (source, choices[key], question) for i, source, key, _, choices, question in facts["corpus"]}
+    for ids, sources, utility, answer in itertools.chain(*facts["parts"]):
+        assert len(set(ids)) == 60
+        found = [document[i] for i in ids]
+        assert [question for *_, question in found] == [f"{answer}?"] * 60
+        assert sources == [source for source, *_ in found]
+        assert utility == [float(said == answer) for _, said, _ in found]
+
+
+def test_sources_are_weighed_and_pruned_by_hand(together):
+    from importance_oracle import train
+
+    facts, _ = together
+    ids, sources, utility, _ = zip(*facts["parts"][0], strict=True)
+    plain = train(ids, utility, 10, 50, group_of={i: source for i, source, *_ in facts["corpus"]}, group_update="mean")
+    learned = dict(zip(plain.keys, plain.weights.tolist(), strict=True))
+    assert facts["weights"]["learned weights"] == pytest.approx(learned, abs=1e-9)
+    everything = [one for row in utility for one in row]
+    overall, slots = sum(everything) / len(everything), {}
+    for row in zip(sources, utility, strict=True):
+        for source, one in zip(*row, strict=True):
+            slots.setdefault(source, []).append(one)
+    smoothed = {source: (sum(us) + 2 * overall) / (len(us) + 2) for source, us in slots.items()}
+    assert facts["weights"]["mean utility"] == pytest.approx(smoothed)
+    for name, weights in facts["weights"].items():
+        pruned = sorted(source for source, weight in weights.items() if weight < facts["thresholds"][name])
+        assert facts["pruned"][name] == pruned
+        assert set(facts["liars"]) <= set(pruned)
+    weights = facts["weights"]["learned weights"]
+    assert facts["column"] == [weights[source] for _, source, *_ in facts["corpus"]]
+    out = set(facts["pruned"]["learned weights"])
+    assert facts["left"] == [i for i, source, *_ in facts["corpus"] if source not in out]
+
+
+def test_what_pruning_leaves_is_useful_by_hand(together):
+    facts, _ = together
+    for name, sources_out in facts["pruned"].items():
+        for way, out in (("vanilla", []), ("prune", sources_out)):
+            shares = []
+            for _, sources, utility, _ in facts["parts"][2]:
+                left = [u for source, u in zip(sources, utility, strict=True) if source not in out]
+                shares.append(sum(left[:10]) / 10)
+            assert facts["useful"][name][way] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_rows_hold_each_document_whole_behind_an_anchor_with_a_label_on_its_letter(together):
+    facts, _ = together
+    bos, words = facts["bos"], facts["words"]
+    left = set(facts["left"])
+    for name, keep in (("all sources", lambda i: True), ("pruned", left.__contains__)):
+        packed = []
+        for row in facts["rows"][name]:
+            start = 0
+            for positions, tokens, labels in documents_of(row):
+                assert positions == [0, *range(start + 1, start + len(tokens))]
+                start += len(tokens)
+                if set(tokens) == {bos}:  # what fills up a row
+                    assert set(labels) == {-100}
+                    continue
+                assert tokens.count(bos) == 1
+                assert labels == [-100] * (len(tokens) - 1) + tokens[-1:]
+                packed.append(" ".join(words[token] for token in tokens[1:]))
+            assert start == 256
+        written = [
+            f"Question : {question[:-1]} ? Answer Choices : "
+            + " ".join(f"{letter} : {word}" for letter, word in zip("ABCD", choices, strict=False))
+            + f" Answer : {'ABCD'[key]}"
+            for i, _, key, _, choices, question in facts["corpus"]
+            if keep(i)
+        ]
+        assert sorted(packed) == sorted(written), name
+
+
+def test_rivals_get_the_same_rows_and_the_hosts_own_attention(together):
+    facts, _ = together
+    ours = facts["rows"]["pruned"]
+    for name in ("pruned, whole rows, sdpa", "pruned, restarted, sdpa"):
+        assert [row[1:] for row in facts["rows"][name]] == [row[1:] for row in ours]
+        assert facts["attention"][name] == "sdpa"
+    assert facts["attention"]["pruned"] == facts["attention"]["all sources"] == "anchor"
+    assert {row[0] for row in facts["rows"]["pruned, whole rows, sdpa"]} == {None}
+    for row, (positions, *_) in zip(ours, facts["rows"]["pruned, restarted, sdpa"], strict=True):
+        assert positions == [at for document in documents_of(row) for at in range(len(document[0]))]
+    leaks = facts["leaks"]
+    assert leaks["pruned"] == leaks["all sources"] == leaks["pruned, restarted, sdpa"] == 0.0
+    assert leaks["pruned, whole rows, sdpa"] > 0.01
+
+
+def test_no_question_is_asked_that_was_seen_before(together):
+    prompts = {name: set(part) for name, part in together[0]["prompts"].items()}
+    for one, other in itertools.combinations(prompts, 2):
+        assert not prompts[one] & prompts[other], (one, other)
+
+
+def test_numbers_of_readers_are_those_of_their_scores(together):
+    facts, _ = together
+    assert len(facts["found"]) == 6
+    for name, scores in facts["found"].items():
+        assert [len(row) - row.count(None) for row in scores] == facts["counts"]
+        accuracy, rate, _, calibrated = facts["stated"][name]
+        assert [accuracy, rate] == pytest.approx(judged_by_hand(scores, facts["labels"])), name
+        by_hand = judged_by_hand(scores, facts["labels"], mean_log_softmax(scores))
+        assert calibrated == pytest.approx(by_hand[0]), name
+
+
+def test_the_adapter_is_bone_and_is_read_back_and_merged(together):
+    facts, _ = together
+    assert facts["adapters"] == {"Bone": "BONE", "LoRA": "LORA"}
+    assert facts["again"]
+    assert facts["merge_error"] < 1e-4
+    assert len(facts["layers"]) == 3 * 7
+    assert facts["numbers"]["Bone"] == sum(8 * rows for rows, _ in facts["layers"])
+    assert facts["numbers"]["LoRA"] == sum(4 * (rows + columns) for rows, columns in facts["layers"])
+
+
+def test_the_repair_had_no_answers_and_took_the_preference_out(together):
+    facts, _ = together
+    fields, keys = facts["keys"]
+    assert fields == ["choices", "question"]
+    assert 0.65 < keys.count(0) / len(keys) < 0.85
+    assert facts["rank"] == 1
+    before, after = facts["shares"]
+    chance = [1 / (prompt.count(":") - 3) for prompt in facts["prompts"]["unlabelled"]]
+    assert after == pytest.approx(sum(chance) / len(chance), abs=2 / len(chance))
+    assert before > 0.8
+    assert facts["stated"]["repaired"][1] < facts["stated"]["spoilt"][1] / 2
+
+
+def test_the_digits_end_in_two_bits_and_whole_numbers(together):
+    facts, _ = together
+    assert facts["images"] == [1400, 397]
+    assert facts["levels"] <= 4
+    assert facts["apart"] == {"packed": 0.0, "int8": 0.0}
+    assert facts["size"] == {"float": facts["files"][0]["model.safetensors"], "packed": sum(facts["files"][1].values())}
+    assert facts["size"]["packed"] < facts["size"]["float"] / 5
+    for name, guesses in facts["guesses"].items():
+        right = sum(a == b for a, b in zip(guesses, facts["targets"], strict=True)) / 397
+        assert facts["right"][name] == pytest.approx(right)
+
+
+def test_the_closing_table_repeats_the_numbers(together):
+    facts, notebook = together
+    closing, stated = facts["closing"], facts["stated"]
+    assert len(closing) == 5
+
+    def percent(name, at=0):
+        return f"{100 * stated[name][at]:.1f}%"
+
+    assert closing[0][2] == f"reader: {percent('all sources')} -> {percent('pruned')} right"
+    assert closing[1][2] == f"{percent('pruned')} right"
+    assert percent("pruned, whole rows, sdpa") in closing[1][3]
+    assert closing[1][3].endswith(percent("pruned, restarted, sdpa"))
+    assert closing[2][2] == f"{percent('spoilt')} right"
+    assert closing[3][1] == f"A said where it is wrong: {percent('spoilt', 1)} -> {percent('repaired', 1)}"
+    assert closing[3][2] == f"{percent('spoilt')} -> {percent('repaired')} right"
+    assert closing[3][3] == f"output calibration: {percent('spoilt', 3)}"
+    assert closing[4][1].startswith(f"{facts['size']['float']:,} -> {facts['size']['packed']:,} bytes")
+    shown = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs(notebook))
+    assert all(cell in shown for line in closing for cell in line)
