@@ -116,7 +116,7 @@ def mcq_report(
     try:
         index = int(anchor) if anchor.isdecimal() else anchor
         results, refused = measure_logs(path, anchor=index, confidence=confidence)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _refuse(str(error))
     if as_json:
         defined = {task: {name: _json_number(x) for name, x in found.items()} for task, found in results.items()}

@@ -1,5 +1,7 @@
 """Calibrated models of both hosts, ready to be deployed."""
 
+import hashlib
+import json
 from typing import Any
 
 import torch
@@ -52,3 +54,9 @@ def logits(model: nn.Module, x: Tensor) -> Tensor:
 
 def distance(model: nn.Module, other: nn.Module, x: Tensor) -> float:
     return (logits(model, x) - logits(other, x)).abs().max().item()
+
+
+def resealed(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a packed folder as if it had been written so."""
+    fields = {name: value for name, value in config.items() if name != "config_sha256"}
+    return fields | {"config_sha256": hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()}

@@ -520,7 +520,7 @@ def fresh_choice(monkeypatch):
     """No engine named by anybody, whatever ran before; the choice made before comes back afterwards."""
     from hf_ext.anchor_attention import choice
 
-    monkeypatch.setattr(choice, "_named", None)
+    monkeypatch.setattr(choice, "_named", [])
     monkeypatch.delenv(VARIABLE, raising=False)
 
 

@@ -147,7 +147,7 @@ HAS = {
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """No choice made by anybody; and none of a test's choices left behind."""
-    monkeypatch.setattr(choice, "_named", None)
+    monkeypatch.setattr(choice, "_named", [])
     monkeypatch.delenv(choice.ENGINE_VARIABLE, raising=False)
     monkeypatch.setattr(choice, "ENGINES", dict(choice.ENGINES))
     caches = [choice._automatic, choice._kernel, choice._disproof, varlen.varlen_kernels, varlen.flash_kernels]

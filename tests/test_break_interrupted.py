@@ -151,12 +151,6 @@ def test_the_record_of_a_mitigation_written_by_half_is_refused(repairs, tmp_path
     assert outcome(lambda: load_mitigation(tiny_model("gpt2"), tmp_path), bool, tmp_path) == "refused"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq save_mitigation: killed between PEFT's files and mcq_bias.json, over an older folder, it leaves the "
-    "adapter of the one with the record of the other, and load_mitigation takes them",
-)
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 def test_the_adapter_of_one_mitigation_and_the_record_of_another_are_refused(repairs, tmp_path):
     one, other = repairs

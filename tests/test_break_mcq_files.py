@@ -38,8 +38,7 @@ def test_damaged_recalibrations_are_refused_by_name(recalibration, tmp_path):
     for kind, damage in (OF_FILES | OF_JSON).items():
         folder = restored(recalibration, tmp_path / "copy")
         damage(folder / "recalibration.json")
-        if kind != "empty object":  # see below
-            found[kind] = recalibrated(folder)
+        found[kind] = recalibrated(folder)
     assert found.pop("cut at 100%") == "right"  # a newline
     assert set(found.values()) == {"refused"}, wrong(found) or found
 
@@ -49,18 +48,11 @@ def test_recalibrations_of_another_type_are_refused_by_the_option(recalibration,
     for where, values in mistyped(json.loads((recalibration / "recalibration.json").read_text())):
         folder = restored(recalibration, tmp_path / "copy")
         (folder / "recalibration.json").write_text(json.dumps(values))
-        if where != "heads = {}":
-            found[where] = recalibrated(folder, where.partition(" ")[0].partition(".")[0])
+        found[where] = recalibrated(folder, where.partition(" ")[0].partition(".")[0])
     far = [where for where in found if where.endswith("= 1180591620717411303424")]  # heads far away, of no model
     assert {where: verdict for where, verdict in wrong(found).items() if where not in far} == {}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq RecalibrationConfig.from_pretrained: a file that lacks options means the defaults, heads='all' among "
-    'them, and {"heads": {}} means no heads: both load without a word',
-)
 @pytest.mark.parametrize("values", [{}, {"mode": "equalise", "where": "colon"}, {"heads": {}}], ids=str)
 def test_recalibrations_that_lack_an_option_are_refused(recalibration, values):
     (recalibration / "recalibration.json").write_text(json.dumps(values))
@@ -125,12 +117,6 @@ def test_a_damaged_adapter_of_a_mitigation_is_never_another_one(repair, tmp_path
         assert set(found.values()) == {"refused"}, wrong(found) or found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq load_mitigation: anchor, letter_prefix and prepend_bos, which a report takes from mcq_bias.json, may "
-    "be of any type: prepend_bos='no' counts as true, and a prefix that is a number is an error of a later function",
-)
 @pytest.mark.parametrize("name", ["anchor", "letter_prefix", "prepend_bos"])
 def test_what_a_report_takes_from_a_record_is_checked(repair, tmp_path, name):
     record, found = json.loads((repair[0] / RECORD).read_text()), {}
@@ -215,12 +201,6 @@ def test_damaged_logs_of_lm_eval_are_refused_by_name(tmp_path):
     assert wrong(found).keys() == valued, wrong(found)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq read_logs: metrics of another type in a sample of lm-eval are a TypeError of Python's, and "
-    "`hf-ext mcq-report` ends with a traceback",
-)
 def test_metrics_of_lm_eval_of_another_type_are_named(tmp_path):
     samples = lm_eval()
     logs, found = Logs(write_lines(tmp_path / "good", samples)), {}
@@ -233,7 +213,7 @@ def test_metrics_of_lm_eval_of_another_type_are_named(tmp_path):
 def test_other_entries_of_lm_eval_of_another_type_are_named_or_leave_the_task_out(tmp_path):
     samples = lm_eval()
     logs, found = Logs(write_lines(tmp_path / "good", samples)), {}
-    for where, changed in mistyped(samples[1], keep=("metrics", "filter")):  # see above; filters are any text
+    for where, changed in mistyped(samples[1], keep=("filter",)):  # filters are any text
         score = where.startswith("filtered_resps.") and where.partition(" ")[0].count(".") == 2
         if not score or where.endswith(("}", "]", "None", "'")):  # another number is another score
             write_lines(logs.copy, [samples[0], changed, *samples[2:]])
@@ -248,24 +228,14 @@ def test_damaged_details_of_lighteval_end_nobody(tmp_path):
     for kind, damage in OF_FILES.items():
         damage(restored(logs.good, logs.copy) / DETAILS)
         verdict = logs.outcome()
-        assert verdict == "refused" or "names nothing: OSError" in verdict, kind
+        assert verdict == "refused", kind
     for content in flips((logs.good / DETAILS).read_bytes(), 150):
         (restored(logs.good, logs.copy) / DETAILS).write_bytes(content)
         verdict = logs.outcome()
         assert "MB" not in verdict and "TimeoutError" not in verdict
 
 
-unnamed = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq read_logs: damage of parquet that pyarrow reports as an OSError, and choices or logprobs that are no "
-    "lists, are errors without the file and its row, with which `hf-ext mcq-report` ends in a traceback",
-)
-
-
-@pytest.mark.parametrize(
-    "kind", [pytest.param("flipped", marks=unnamed), "no text", "no number", pytest.param("no list", marks=unnamed)]
-)
+@pytest.mark.parametrize("kind", ["flipped", "no text", "no number", "no list"])
 def test_details_of_lighteval_that_cannot_be_read_are_named(tmp_path, kind):
     rows = lighteval()
     logs = Logs(write_details(tmp_path / "good", rows))
@@ -285,12 +255,6 @@ def test_details_of_lighteval_that_cannot_be_read_are_named(tmp_path, kind):
     assert logs.outcome() in ("refused", "right")  # or the task is left out, with the reason
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="hf-ext mcq-report catches ValueError only: a folder under the name of a log, or a log that may not be "
-    "read, is a traceback",
-)
 def test_the_command_says_in_a_line_that_a_log_is_a_folder(tmp_path):
     (tmp_path / LINES).mkdir()
     said = CliRunner().invoke(app, ["mcq-report", str(tmp_path)])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from damage import OF_FILES, OF_JSON, OF_SAFETENSORS, flips, mistyped, outcome, restored, swapped, wrong
-from ofq_deployed import logits, quantized
+from ofq_deployed import logits, quantized, resealed
 from transformers import ViTForImageClassification
 
 from hf_ext.ofq_quantizer import OFQConfig, load_packed, save_packed
@@ -94,12 +94,6 @@ def test_options_of_another_type_are_refused(saved):
     }
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ofq load_packed: config.json is in no checksum, so that a changed digit of it (a_bits, "
-    "num_attention_heads, layer_norm_eps) gives a model with other logits, without a word",
-)
 @pytest.mark.parametrize("change", ["a_bits", "base"])
 def test_a_changed_digit_of_the_configuration_is_refused(saved, change):
     config = json.loads(json.dumps(saved.config))
@@ -113,12 +107,6 @@ def test_a_changed_digit_of_the_configuration_is_refused(saved, change):
     assert saved.outcome() == "refused"
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ofq load_packed: errors of the hosts of other classes (AssertionError and IndexError of timm, "
-    "StrictDataclassFieldValidationError of transformers) come through, without the name of the file",
-)
 def test_a_description_that_the_host_refuses_is_named(saved):
     if saved.config["base"]["library"] == "timm":
         part, changes = "model_args", {"num_heads": 5, "global_pool": "nowhere", "img_size": []}
@@ -128,17 +116,11 @@ def test_a_description_that_the_host_refuses_is_named(saved):
     for name, value in changes.items():
         config = json.loads(json.dumps(saved.config))
         config["base"][part][name] = value
-        saved.configured(config)
+        saved.configured(resealed(config))
         found[name] = saved.outcome()
     assert set(found.values()) == {"refused"}, found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="ofq load_packed: the model holds the file itself as its memory: a copy over it (cp, rsync --inplace) "
-    "changes the loaded model, and cutting it short ends the process with a bus error",
-)
 def test_a_loaded_model_outlives_its_file(tmp_path):
     model, x = quantized()
     save_packed(model, tmp_path / "one")

@@ -28,7 +28,7 @@ from hf_ext.ofq_quantizer import load_packed, save_packed, to_int8
 @pytest.fixture(autouse=True)
 def _hasty(monkeypatch) -> Iterator[None]:
     """Threads that take turns a thousand times as often; the engine is that of before, whatever they leave."""
-    monkeypatch.setattr("hf_ext.anchor_attention.choice._named", None)
+    monkeypatch.setattr("hf_ext.anchor_attention.choice._named", [])
     former = sys.getswitchinterval()
     sys.setswitchinterval(5e-6)
     yield
@@ -93,12 +93,6 @@ def test_engines_in_several_threads_change_no_result(llama):
     same_as_alone(*(lambda name=name, batch=batch: job(name, batch) for name, batch in pairs), tolerance=1e-12)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="anchor use_engine: contexts that do not end in the reverse order (of two threads, say) leave the process "
-    "with an engine that nobody wants any more",
-)
 def test_contexts_of_engines_may_end_in_any_order():
     def chosen() -> list[str]:
         return [name for name, status in available_engines().items() if status.chosen]
@@ -226,18 +220,20 @@ def test_recalibrations_of_two_models_in_two_threads():
     assert not torch.equal(job(0), job(2))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="mcq recalibrate_attention: two contexts on one model that do not end in the reverse order (of two threads, "
-    "or of an ExitStack) leave the model recalibrated for good",
-)
 def test_recalibrations_of_one_model_may_end_in_any_order():
     model, tokenizer, (prompt, *_) = tiny_model("llama"), word_tokenizer(), prompts_and_counts(1)[0]
-    before = alone(model, tokenizer, prompt)
-    contexts = [recalibrate_attention(model, "all", positions, "swap") for positions in ([-2, -4], [-3, -5])]
+    before, config, names = alone(model, tokenizer, prompt), model.config, set(vars(model))
+    places = [[-2, -4], [-3, -5]]
+    with recalibrate_attention(model, "all", places[1], "swap"):
+        second_alone = alone(model, tokenizer, prompt)
+    contexts = [recalibrate_attention(model, "all", positions, "swap") for positions in places]
     for context in contexts:
         context.__enter__()
-    for context in contexts:
-        context.__exit__(None, None, None)
+    model.config.written_inside = 1
+    contexts[0].__exit__(None, None, None)
+    assert torch.equal(alone(model, tokenizer, prompt), second_alone)
+    assert not torch.equal(second_alone, before)
+    contexts[1].__exit__(None, None, None)
     assert torch.equal(alone(model, tokenizer, prompt), before)
+    assert model.config is config and config.written_inside == 1
+    assert set(vars(model)) == names

@@ -148,7 +148,7 @@ def test_layout(case, tmp_path):
     folder = tmp_path / "new" / "folder"
     assert {path.name for path in folder.iterdir()} == FILES | {"README.md"}
     config = config_of(folder)
-    assert config["format_version"] == 1
+    assert config["format_version"] == 2
     for name, value in asdict(iw.config).items():
         assert anywhere(config, name) == [value], name
     assert anywhere(config, "threshold") == [None]
@@ -360,10 +360,10 @@ def test_a_file_is_missing(saved, name):
         ImportanceWeights.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("version", [2, 1000])
+@pytest.mark.parametrize("version", [1, 3, 1000])
 def test_newer_format(saved, version):
     edit(saved, format_version=version)
-    with pytest.raises(ValueError, match=rf"format.*\b{version}\b.*\b1\b"):
+    with pytest.raises(ValueError, match=rf"format.*\b{version}\b.*\b2\b"):
         ImportanceWeights.from_pretrained(saved)
 
 

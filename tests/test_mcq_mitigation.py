@@ -4,6 +4,7 @@ import json
 import math
 import re
 import warnings
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -296,6 +297,7 @@ def test_file_beside_the_adapter(tmp_path):
     pm = mitigate(biased(), TOKENIZER, DEV, **GIVEN)
     save_mitigation(pm, tmp_path)
     written = json.loads((tmp_path / "mcq_bias.json").read_text())
+    assert written.pop("adapter_sha256") == sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()
     edited = written.pop("edited")
     assert {int(layer): indices for layer, indices in edited.items()} == pm.mcq_bias["edited"]
     assert {**written, "edited": pm.mcq_bias["edited"]} == pm.mcq_bias

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from ofq_deployed import distance, quantized
+from ofq_deployed import distance, quantized, resealed
 from safetensors.torch import load_file, save_file
 
 from hf_ext.ofq_quantizer import export_fp, load_packed, save_packed
@@ -21,7 +21,7 @@ def packed(tmp_path):
 def edit(folder, change):
     config = json.loads((folder / "config.json").read_text())
     change(config)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(resealed(config) if "config_sha256" in config else config))
 
 
 def seal(folder):
@@ -34,8 +34,10 @@ CONFIGS = {
     "no base": (lambda c: c.pop("base"), "config.json lacks the field 'base'"),
     "no config": (lambda c: c.pop("ofq"), "config.json lacks the field 'ofq'"),
     "no checksum": (lambda c: c.pop("sha256"), "config.json lacks the field 'sha256'"),
+    "no checksum of its own": (lambda c: c.pop("config_sha256"), "config.json lacks the field 'config_sha256'"),
     "no version": (lambda c: c.pop("format_version"), "config.json has format_version=None"),
-    "newer": (lambda c: c.update(format_version=2), "format_version=2, and this hf_ext reads 1"),
+    "newer": (lambda c: c.update(format_version=3), "format_version=3, and this hf_ext reads 2"),
+    "older": (lambda c: c.update(format_version=1), "reads 2; .*a model of a lower one has to be packed again"),
     "no library": (lambda c: c["base"].pop("library"), "config.json lacks 'library' in 'base'"),
     "no dtype": (lambda c: c["base"].pop("dtype"), "config.json lacks 'dtype' in 'base'"),
     "unknown model": (lambda c: c["base"].update(base="vit_tinny"), "do not make a model: .*vit_tinny"),

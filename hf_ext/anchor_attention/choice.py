@@ -216,27 +216,28 @@ class use_engine:
     """
 
     def __init__(self, name: str) -> None:
-        global _named
         kernels = [] if _checked(name, "use_engine") == "auto" else ENGINES[name].kernels()
         if isinstance(kernels, str):
             raise RuntimeError(f"use_engine: engine {name!r} cannot run here: {kernels}")
-        self._former, _named = _named, name
+        self.name = name
+        _named.append(self)
 
     def __enter__(self) -> None:
-        pass
+        if self not in _named:  # it is used again
+            _named.append(self)
 
     def __exit__(self, *_: object) -> None:
-        global _named
-        _named = self._former
+        if self in _named:
+            _named.remove(self)
 
 
-_named: str | None = None
+_named: list[use_engine] = []  # the last one counts; those of two threads end in any order
 
 
 def _requested() -> tuple[str, str]:
     """The name set by `use_engine`, else by the environment, else "auto"; and who set it."""
-    if _named is not None:
-        return _named, "use_engine"
+    if last := _named[-1:]:
+        return last[0].name, "use_engine"
     source = f"environment variable {ENGINE_VARIABLE}"
     return _checked(os.environ.get(ENGINE_VARIABLE) or "auto", source), source
 

@@ -68,7 +68,8 @@ def check_checkpoint(directory: str | Path, base_model: BaseModel | None = None)
             expected. A file that cannot be read is reported alone.
     """
     config, state_dict = read_directory(directory)
-    base = None if base_model is None else open_base(config, base_model)
+    # Opening the base reads options: with unsound ones, `require_sound` complains of them and needs no base.
+    base = None if base_model is None or any(_config_problems(config)) else open_base(config, base_model)
     return require_sound(directory, config, state_dict, base)
 
 

@@ -69,6 +69,16 @@ def option_problems(config: Mapping[str, Any]) -> list[str]:
         for name, of in _ITEMS.items()
         if not _are_items(config.get(name), *of)
     ]
+    problems += [
+        f"{name}: found {config[name]!r}, expected a regular expression, which a string is, or a list of names: {why}"
+        for name in ("target_modules", "exclude_modules")
+        if (why := _broken_pattern(config.get(name)))
+    ]
+    mapping = config.get("auto_mapping")
+    if mapping is not None and not _is_mapping_to_class(mapping):
+        problems.append(
+            f"auto_mapping: found {mapping!r}, expected null or an object whose base_model_class is a string"
+        )
     task = config.get("task_type")
     if task is not None and task not in list(TaskType):
         allowed = [known.value for known in TaskType]
@@ -89,6 +99,20 @@ def _are_items(value: Any, kind: type, alone: bool) -> bool:
     if not isinstance(value, list | tuple | set | frozenset):
         return alone and isinstance(value, kind) and not isinstance(value, bool)
     return all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _broken_pattern(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _is_mapping_to_class(value: Any) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("base_model_class"), str | None)
 
 
 def _items_in_words(kind: type, alone: bool) -> str:

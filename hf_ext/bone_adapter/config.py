@@ -52,11 +52,11 @@ class BoneConfig(PeftConfig):
     def __post_init__(self, target_parameters: Any) -> None:
         super().__post_init__()
         self.peft_type = compat.peft_type("BONE")
+        self._check_values()
+        self._check_options(target_parameters)
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
-        self._check_values()
-        self._check_options(target_parameters)
 
     @property
     def form(self) -> Literal["tile", "bat", "bat_row"]:

@@ -86,7 +86,7 @@ def updated(form: str, weight: Tensor, block: Tensor) -> Tensor:
         new.view(rows // r, r, width // r, r).add_(block[:, :, None])
         return new.view(rows, width)
     new.view(width // r, rows // r, r, r).add_(block[:, None])
-    return new.transpose(0, 1).reshape(rows, width)
+    return new.transpose(0, 1).reshape(rows, width).contiguous()  # for r = 1, a reshape alone leaves it strided
 
 
 def block_gradient(form: str, weight: Tensor, grad: Tensor, r: int) -> Tensor:
@@ -100,12 +100,12 @@ def block_gradient(form: str, weight: Tensor, grad: Tensor, r: int) -> Tensor:
 
 
 def weight_gradient(form: str, grad: Tensor, block: Tensor) -> Tensor:
-    """dL/dW (R, in) from grad = dL/dW'."""
+    """dL/dW (R, in), contiguous, from such a grad = dL/dW'."""
     if form == "tile":
         return grad
     g = _blockwise(form, grad, block.shape[-1])
     new = torch.baddbmm(g, g, block.transpose(1, 2))
-    return (new if form == "bat" else new.transpose(0, 1)).reshape(grad.shape)
+    return (new if form == "bat" else new.transpose(0, 1)).reshape(grad.shape).contiguous()
 
 
 def part_of_block(form: str, block: Tensor, rows: slice) -> Tensor:

@@ -15,6 +15,7 @@ from hf_ext.importance_weights.problem import Problem
 from hf_ext.importance_weights.ranks import Ranks
 
 FILE = "checkpoint.safetensors"
+FORMAT = "2"
 State = tuple[np.ndarray, list[dict[str, Any]]]
 
 
@@ -77,12 +78,15 @@ def _read(source: Path, config: ImportanceConfig, digest: str) -> State:
     try:
         with safe_open(source, "numpy") as file:
             metadata, weights = file.metadata() or {}, file.get_tensor("weights")
-        options, history = json.loads(metadata["options"]), json.loads(metadata["history"])
-        other_data, damaged = metadata["digest"] != digest, metadata["sha256"] != _sha256(weights)
-    except (SafetensorError, KeyError, ValueError) as error:
+        facts, seal = {name: metadata[name] for name in ("options", "history", "digest")}, metadata["sha256"]
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{source} is no checkpoint of importance weights, or damaged: {error}") from None
-    if damaged:
-        raise ValueError(f"{source} is damaged: its weights are not those that were written")
+    version = metadata.get("format_version")
+    if version != FORMAT:
+        raise ValueError(f"{source} is of format {version!r}, and this version of hf_ext reads {FORMAT!r}; fit again")
+    if weights.dtype != np.float64 or weights.ndim != 1 or seal != _sha256(weights, facts):
+        raise ValueError(f"{source} is damaged: its weights, options and history are not those that were written")
+    options, history = json.loads(facts["options"]), json.loads(facts["history"])
     mine = config.to_dict()
     free = {"epochs"} if config.delta == 0 else set()
     differ = [name for name in mine if name not in free and options.get(name) != mine[name]]
@@ -90,7 +94,7 @@ def _read(source: Path, config: ImportanceConfig, digest: str) -> State:
         pairs = ", ".join(f"{name}={options.get(name)!r} there and {mine[name]!r} here" for name in differ)
         why = "; epochs may not change where delta > 0, since it sizes the sample" if "epochs" in differ else ""
         raise ValueError(f"{source} was written under other options: {pairs}{why}")
-    if other_data:
+    if facts["digest"] != digest:
         raise ValueError(f"{source} was written for other data: its rows, ids, utilities or groups differ")
     if len(history) > config.epochs:
         raise ValueError(f"{source} holds {len(history)} epochs, and epochs={config.epochs}; it may only grow")
@@ -98,12 +102,8 @@ def _read(source: Path, config: ImportanceConfig, digest: str) -> State:
 
 
 def _write(folder: Path, config: ImportanceConfig, digest: str, weights: np.ndarray, history: Any) -> None:
-    metadata = {
-        "options": json.dumps(config.to_dict()),
-        "history": json.dumps(history),
-        "digest": digest,
-        "sha256": _sha256(weights),
-    }
+    facts = {"options": json.dumps(config.to_dict()), "history": json.dumps(history), "digest": digest}
+    metadata = {"format_version": FORMAT, **facts, "sha256": _sha256(weights, facts)}
     unfinished = folder / f"{FILE}.{os.getpid()}"
     try:
         save_file({"weights": weights}, unfinished, metadata)
@@ -112,5 +112,7 @@ def _write(folder: Path, config: ImportanceConfig, digest: str, weights: np.ndar
         unfinished.unlink(missing_ok=True)
 
 
-def _sha256(weights: np.ndarray) -> str:
-    return sha256(weights.tobytes()).hexdigest()
+def _sha256(weights: np.ndarray, facts: dict[str, str]) -> str:
+    """Of all that is read, and of how the bytes of the weights are read."""
+    about = json.dumps([str(weights.dtype), weights.shape, facts], sort_keys=True)
+    return sha256(about.encode() + weights.tobytes()).hexdigest()

@@ -16,7 +16,7 @@ from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.list_kernels import mix_slots
 from hf_ext.importance_weights.lists import Lists, compact
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS, KEYS, HISTORY = "config.json", "importance.safetensors", "keys.arrow", "history.json"
 
 
@@ -44,8 +44,9 @@ class State:
         return replace(self, history=[dict(row) for row in self.history], tuning=[dict(row) for row in self.tuning])
 
     def digest(self) -> str:
-        """Of keys, weights and counts."""
-        return sha256(repr(self.essence()[:4]).encode()).hexdigest()
+        """Of all of it."""
+        found = json.dumps([self.rows, self.threshold, self.tuning, self.history], sort_keys=True)
+        return sha256(f"{self.essence()[:4]!r}{found}".encode()).hexdigest()
 
     def essence(self) -> tuple[Any, ...]:
         """Plain bytes and numbers: equal weights are equal here, however they came about."""
@@ -91,7 +92,8 @@ def read(folder: Path) -> tuple[ImportanceConfig, State]:
         raise ValueError(f"{folder / CONFIG} is damaged, or of something else: {error!r}") from None
     if version != FORMAT:
         raise ValueError(
-            f"{folder} is of format {version!r}, and this version of hf_ext reads {FORMAT}; upgrade hf_ext"
+            f"{folder} is of format {version!r}, and this version of hf_ext reads {FORMAT}; a higher one takes a newer "
+            "hf_ext, and weights of a lower one have to be fitted again"
         )
     try:
         facts = {name: options.pop(name) for name in ("neutral", "value", "threshold", "tuning", "rows")}
@@ -112,16 +114,33 @@ def read(folder: Path) -> tuple[ImportanceConfig, State]:
     count = len(state.keys)
     if shapes != (np.float64, np.int64, (count,), (count,)):
         raise ValueError(f"{folder} is damaged: {count} keys, and weights and counts of {shapes}")
+    _check_types(folder, state)
     if state.digest() != digest:
         raise ValueError(
-            f"{folder} is damaged: {WEIGHTS} and {KEYS} are not those that {CONFIG} was written with; was writing it "
-            "interrupted?"
+            f"{folder} is damaged: {WEIGHTS}, {KEYS}, {HISTORY} and what {CONFIG} says beside the options were not "
+            "written together; was writing it interrupted?"
         )
-    if not all(isinstance(facts[name], int | float) for name in ("neutral", "value")) or not isinstance(
-        facts["threshold"], int | float | None
-    ):
-        raise ValueError(f"{folder / CONFIG} is damaged: neutral, value and threshold are numbers")
     return config, state
+
+
+def _check_types(folder: Path, state: State) -> None:
+    numbers = (state.neutral, state.value, *(x for x in (state.threshold, state.learning_rate) if x is not None))
+    for right, name, rule in (
+        (all(map(_is_number, numbers)), CONFIG, "neutral, value, threshold and learning_rate_ are numbers"),
+        (isinstance(state.rows, str), CONFIG, "rows is a string"),
+        (_is_table(state.tuning), CONFIG, "tuning is a list of objects of numbers"),
+        (_is_table(state.history), HISTORY, "it is a list of objects of numbers"),
+    ):
+        if not right:
+            raise ValueError(f"{folder / name} is damaged: {rule}")
+
+
+def _is_table(rows: Any) -> bool:
+    return isinstance(rows, list) and all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in rows)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read(path: Path, reader: Callable[[Path], Any]) -> Any:

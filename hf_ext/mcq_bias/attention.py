@@ -1,11 +1,11 @@
 """An attention function that shows, and lets one alter, the weights with which the last token looks back."""
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,6 @@ from transformers.utils import logging
 from hf_ext import compat
 
 NAME = "mcq_recalibrated"
-_WATCHERS = "_mcq_watchers"  # on every attention module of a model, while something watches it
 
 # In `generate`: the layers whose first forward is over.
 _DONE: ContextVar[set[int] | None] = ContextVar("done", default=None)
@@ -38,14 +37,6 @@ class LastQuery(NamedTuple):
 
 
 Watcher = Callable[[LastQuery], Tensor | None]
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """module: a weak reference, so that in a copy of the model, made meanwhile, this is not its own."""
-
-    module: weakref.ref
-    watchers: tuple[Watcher, ...]
 
 
 @dataclass(frozen=True)
@@ -71,8 +62,8 @@ def watched_attention(model: nn.Module, watcher: Watcher) -> Iterator[None]:
 
     Forwards over whole prompts only, in `generate` the first: what stands behind a cache has no watcher. The model
     computes attention eagerly, its softmax in at least float32. Its engine is found as it was afterwards, and what was
-    written into its config meanwhile stays there. Watchers of nested contexts follow each other; copies of the model
-    have none. `model` is of a family whose attention is plain: no sinks, no soft cap.
+    written into its config meanwhile stays there. Watchers of several contexts follow each other, which may end in any
+    order; copies of the model have none. `model` is of a family whose attention is plain: no sinks, no soft cap.
 
     Raises:
         RuntimeError: `hf_ext.unregister()` was called: the name of the attention function is gone.
@@ -80,54 +71,85 @@ def watched_attention(model: nn.Module, watcher: Watcher) -> Iterator[None]:
     for table in compat.attention_tables():
         if NAME not in table:
             raise RuntimeError(f"transformers has no attention {NAME!r}; call hf_ext.register() first")
-    with _attributes_restored() as replace:
+    watch = _Watch(watcher)
+    try:
+        with _LOCK:
+            watch.begin(model)
+        yield
+    finally:
+        with _LOCK:
+            watch.end()
+
+
+@dataclass
+class _Replaced:
+    """An attribute of a module: `before` is empty where the module had none of its own."""
+
+    module: nn.Module
+    name: str
+    before: tuple[Any, ...]
+    value: Any
+
+
+@dataclass(eq=False)
+class _Watch:
+    """One context, and what it replaced: {(id of the module, name of the attribute): ...}."""
+
+    watcher: Watcher
+    modules: set[int] = field(default_factory=set)
+    replaced: dict[tuple[int, str], _Replaced] = field(default_factory=dict)
+    configs: dict[int, dict[str, Any]] = field(default_factory=dict)  # {id: as it was put in}
+
+    def begin(self, model: nn.Module) -> None:
+        _open.append(self)
         # Copies, since a config may be shared with other models, which keep their engine.
-        copies: dict[int, tuple[Any, Any]] = {}
+        copies: dict[int, Any] = {}
         for module in model.modules():
             config = vars(module).get("config")
             if hasattr(config, "_attn_implementation"):
                 if id(config) not in copies:
-                    ours = copy.copy(config)
+                    ours = copies[id(config)] = copy.copy(config)
                     ours._attn_implementation = NAME
-                    copies[id(config)] = config, ours
-                replace(module, "config", copies[id(config)][1])
+                    self.configs[id(ours)] = dict(vars(ours))
+                self._replace(module, "config", copies[id(config)])
             if hasattr(module, "layer_idx"):
-                replace(module, _WATCHERS, _Watched(weakref.ref(module), (*_watchers(module), watcher)))
+                self.modules.add(id(module))
             if isinstance(module, GenerationMixin):
-                replace(module, "generate", _FirstForward(module.generate))
-        found = {key: dict(vars(ours)) for key, (_, ours) in copies.items()}
-        try:
-            yield
-        finally:
-            for key, (config, ours) in copies.items():
-                for name, value in vars(ours).items():
-                    if name not in found[key] or found[key][name] is not value:
-                        setattr(config, name, value)
+                self._replace(module, "generate", _FirstForward(module.generate))
+
+    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
+        before = (vars(module)[name],) if name in vars(module) else ()
+        self.replaced[id(module), name] = _Replaced(module, name, before, value)
+        setattr(module, name, value)
+
+    def end(self) -> None:
+        later = _open[_open.index(self) + 1 :]
+        _open.remove(self)
+        for key, mine in self.replaced.items():
+            above = next((watch.replaced[key] for watch in later if key in watch.replaced), None)
+            if above is not None:  # it stands on what is removed here
+                above.before = mine.before
+            elif mine.before:
+                setattr(mine.module, mine.name, *mine.before)
+            else:
+                delattr(mine.module, mine.name)
+        self._write_back()
+
+    def _write_back(self) -> None:
+        pairs = {id(mine.value): (*mine.before, mine.value) for mine in self.replaced.values() if mine.name == "config"}
+        for key, (config, ours) in pairs.items():
+            found = self.configs[key]
+            for name, value in vars(ours).items():
+                if name not in found or found[name] is not value:
+                    setattr(config, name, value)
+
+
+_LOCK = RLock()  # of beginning and ending
+_open: list[_Watch] = []  # in the order in which they began
 
 
 def _watchers(module: nn.Module) -> tuple[Watcher, ...]:
-    watched = getattr(module, _WATCHERS, None)
-    return watched.watchers if watched is not None and watched.module() is module else ()
-
-
-@contextmanager
-def _attributes_restored() -> Iterator[Callable[[nn.Module, str, Any], None]]:
-    """Hands out a setattr whose effects end with the context, whatever happens inside."""
-    before: list[tuple[nn.Module, str, tuple[Any, ...]]] = []
-
-    def replace(module: nn.Module, name: str, value: Any) -> None:
-        own = vars(module)
-        before.append((module, name, (own[name],) if name in own else ()))
-        setattr(module, name, value)
-
-    try:
-        yield replace
-    finally:
-        for module, name, value in reversed(before):
-            if value:
-                setattr(module, name, *value)
-            else:
-                delattr(module, name)
+    return tuple(watch.watcher for watch in tuple(_open) if id(module) in watch.modules)
 
 
 def recalibrated_attention_forward(

@@ -54,6 +54,7 @@ def measure_logs(path: str | Path, **options: Any) -> tuple[dict[str, dict[str, 
     no "all tasks": items that are counted twice make any difference look surer than it is.
 
     Raises:
+        OSError: a log may not be read.
         ValueError: there is no such log, a line of one is damaged, or an option is wrong.
     """
     tasks, refused = read_logs(path)
@@ -71,6 +72,7 @@ def read_logs(path: str | Path) -> tuple[dict[str, TaskLog], dict[str, str]]:
     has its file in its name.
 
     Raises:
+        OSError: a log may not be read.
         ValueError: there is no such log, or a line of one is damaged.
     """
     path = Path(path)
@@ -80,6 +82,8 @@ def read_logs(path: str | Path) -> tuple[dict[str, TaskLog], dict[str, str]]:
     if not files:
         what = "has no such file" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {what}; give the {LM_EVAL} of lm-eval, the {LIGHTEVAL} of lighteval, or their folder")
+    if folder := next((file for file in files if file.is_dir()), None):
+        raise ValueError(f"{folder} is a folder under the name of a log; give the log itself, or rename the folder")
     tasks, refused = {}, {}
     for file in files:
         for task, part, item, samples in _parts(file):
@@ -213,17 +217,22 @@ def _lm_eval_item(sample: Sample, where: str) -> _Item:
     calls, responses = _entry(sample, "arguments", where), _entry(sample, "filtered_resps", where)
     if isinstance(calls, dict):
         calls = [list(call.values()) if isinstance(call, dict) else call for call in calls.values()]
-    for what, entry in (("arguments", calls), ("filtered_resps", responses)):
-        if not isinstance(entry, list):
-            raise ValueError(f"{where}: its {what!r} is {str(entry)[:40]!r}, and a list is expected")
+    metrics = sample.get("metrics", [])
+    _require_lists(where, arguments=calls, filtered_resps=responses, metrics=metrics)
     scores = [_log_likelihood(response) for response in responses]
     if not all(isinstance(call, list) and len(call) >= 2 and isinstance(call[1], str) for call in calls):
         raise RefusedTaskError("its requests are no pairs of a question and an option")
-    if "acc_mutual_info" in sample.get("metrics", ()):  # each option once more, without the question
+    if "acc_mutual_info" in metrics:  # each option once more, without the question
         calls, scores = calls[: len(calls) // 2], scores[: len(scores) // 2]
     if len({str(call[0]) for call in calls}) > 1:
         raise RefusedTaskError("its options come with different questions")
     return _Item([call[1] for call in calls], scores, _entry(sample, "target", where), sample.get("acc"))
+
+
+def _require_lists(where: str, **entries: Any) -> None:
+    for what, entry in entries.items():
+        if not isinstance(entry, list):
+            raise ValueError(f"{where}: its {what!r} is {str(entry)[:40]!r}, and a list is expected")
 
 
 def _log_likelihood(response: Any) -> float:
@@ -243,7 +252,7 @@ def _rows(file: Path) -> dict[str, Samples]:
 
     try:
         rows = read_table(file).to_pylist()
-    except ArrowException as error:
+    except (ArrowException, OSError, ValueError) as error:  # all three may come of damage
         raise ValueError(f"{file} cannot be read as parquet: {error}") from None
     if not rows:
         raise ValueError(f"{file} has no rows")
@@ -261,6 +270,8 @@ def _lighteval_item(row: Sample, where: str) -> _Item:
     gold = gold if isinstance(gold, list) else [gold]
     if len(gold) != 1:
         raise RefusedTaskError(f"it has an item with {len(gold)} right answers")
-    if not all(isinstance(option, str) for option in options or ()) or None in (scores or ()):
+    options, scores = ([] if entry is None else entry for entry in (options, scores))
+    _require_lists(where, choices=options, logprobs=scores)
+    if not all(isinstance(option, str) for option in options) or not all(isinstance(x, int | float) for x in scores):
         raise RefusedTaskError("it has an item without a text or a score for each option")
-    return _Item(list(options or ()), list(scores or ()), gold[0], None)
+    return _Item(options, scores, gold[0], None)

@@ -1,7 +1,7 @@
 """Attention recalibration (arXiv 2405.03205): exchange or even out the last token's weights on chosen positions."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
@@ -57,7 +57,7 @@ class RecalibrationConfig:
 
         Raises:
             OSError: there is no `recalibration.json` in `path`.
-            ValueError: it is no JSON object, or holds an unknown key or value.
+            ValueError: it is no JSON object, lacks an option, or holds an unknown one or an unknown value.
         """
         file = Path(path, FILE)
         if not file.is_file():
@@ -73,7 +73,15 @@ class RecalibrationConfig:
         known = [option.name for option in fields(cls)]
         for name in values:
             check_word(f"{file}: option", name, known)
-        return cls(**values)
+        try:
+            config = cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        if lacking := [name for name in known if name not in values]:
+            raise ValueError(
+                f"{file} lacks {', '.join(lacking)}; save_pretrained writes every option, so it was damaged"
+            )
+        return config
 
 
 @contextmanager
@@ -196,7 +204,7 @@ def _checked_heads(heads: Any) -> Heads:
     if isinstance(heads, str) and heads == "all":
         return "all"
     try:
-        if isinstance(heads, str):
+        if isinstance(heads, str | Mapping):
             raise TypeError
         pairs = [tuple(pair) for pair in (heads.tolist() if isinstance(heads, np.ndarray | Tensor) else heads)]
     except TypeError:

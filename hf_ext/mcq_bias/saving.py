@@ -8,8 +8,10 @@ from typing import Any
 from peft import PeftModel
 
 from hf_ext import compat
+from hf_ext.mcq_bias.checks import choice_index
 
-FILE = "mcq_bias.json"
+FILE, ADAPTER = "mcq_bias.json", "adapter_model.safetensors"
+_HASH = "adapter_sha256"  # in the file only: by which a record knows its adapter
 
 CARD = """{head}
 # A repair of a {kind} that preferred the answer {anchor}
@@ -42,6 +44,8 @@ The shares are those on the questions of the fit; on others they differ. `mcq_bi
 def save_mitigation(pm: PeftModel, path: str | Path) -> None:
     """Write the adapter by `save_pretrained`, and `pm.mcq_bias` as `mcq_bias.json` into the same folder.
 
+    With it goes the hash of the adapter's file, so that the record of one is never read with the adapter of another.
+
     And README.md, a card, unless somebody's own is there: into that PEFT writes what it always does.
 
     `load_mitigation(model, path)` loads it, and `PeftModel.from_pretrained` does without `mcq_bias`. A base model in
@@ -58,7 +62,8 @@ def save_mitigation(pm: PeftModel, path: str | Path) -> None:
     folder = Path(path)
     ours = compat.may_write_card(folder)
     pm.save_pretrained(str(folder))
-    (folder / FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    record = facts | {_HASH: _hash_of(folder)}
+    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if ours:
         compat.write_card(folder, _card(pm, facts))
 
@@ -71,10 +76,11 @@ def load_mitigation(model: Any, path: str | Path) -> PeftModel:
         path: a folder of `save_mitigation`, or a repository of `push_to_hub`.
 
     Raises:
-        OSError: there is no `mcq_bias.json`, or no such repository.
-        ValueError: that file is damaged or of something else. In both cases the model is as it was.
+        OSError: there is no `mcq_bias.json`, no adapter, or no such repository.
+        ValueError: that file is damaged, of something else, or of another adapter than the one beside it. In all these
+            cases the model is as it was.
     """
-    folder = compat.folder_of(path, (FILE, "adapter_config.json", "adapter_model.safetensors"))
+    folder = compat.folder_of(path, (FILE, "adapter_config.json", ADAPTER))
     file = folder / FILE
     if not file.is_file():
         raise OSError(f"{path} holds no {FILE}; a folder written by save_mitigation is expected")
@@ -83,8 +89,18 @@ def load_mitigation(model: Any, path: str | Path) -> PeftModel:
         for name in ("edited", "edited_heads"):  # JSON knows no integers as keys
             facts[name] = {int(layer): indices for layer, indices in facts[name].items()}
         set(facts["fit_prompts"])
+        choice_index("anchor", facts["anchor"])
+        for name, kind in (("letter_prefix", str), ("prepend_bos", bool)):
+            if not isinstance(facts[name], kind):
+                raise TypeError(f"{name}={facts[name]!r} is no {kind.__name__}")
+        recorded = facts.pop(_HASH)
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"{file} is damaged, or of something else: {error!r}") from None
+    if recorded != _hash_of(folder):
+        raise ValueError(
+            f"{file} is the record of another adapter than the {ADAPTER} beside it, or that is damaged: the folder was "
+            "written by half, or the adapter was changed since; PeftModel.from_pretrained takes it without the record"
+        )
     pm = PeftModel.from_pretrained(model, str(folder))
     pm.mcq_bias = facts
     return pm
@@ -136,6 +152,10 @@ def prompt_hash(prompt: str) -> str:
 def facts_of(pm: PeftModel) -> dict | None:
     """`pm.mcq_bias`, of the wrapper itself and not of a model inside."""
     return vars(pm).get("mcq_bias")
+
+
+def _hash_of(folder: Path) -> str:
+    return sha256((folder / ADAPTER).read_bytes()).hexdigest()
 
 
 def _card(pm: PeftModel, facts: dict) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from hashlib import file_digest
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 FORMAT = "ofq_packed"
 STOPS = dict.fromkeys(("format", "architecture", "model_type", "dtype"), FORMAT)
 CONFIG, TENSORS = "config.json", "model.safetensors"
-VERSION = 1
-FIELDS = ("ofq", "base", "sha256")
+VERSION = 2
+SEAL = "config_sha256"
+FIELDS = ("ofq", "base", "sha256", SEAL)
 
 
 def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -59,7 +60,8 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / TENSORS, metadata={"format": FORMAT})
     fields = {"ofq": config.to_dict(), "base": about, "sha256": _digest(directory / TENSORS)}
-    (directory / CONFIG).write_text(json.dumps(STOPS | {"format_version": VERSION} | fields, indent=1) + "\n")
+    fields = STOPS | {"format_version": VERSION} | fields
+    (directory / CONFIG).write_text(json.dumps(fields | {SEAL: _seal(fields)}, indent=1) + "\n")
     if compat.may_write_card(directory):
         compat.write_card(directory, packed_card(about, config, (directory / TENSORS).stat().st_size))
 
@@ -132,16 +134,27 @@ def load_packed(
         local_files_only=local_files_only,
     )
     config = _read_config(directory / CONFIG)
+    if _seal(config) != config[SEAL]:
+        raise ValueError(
+            f"{directory / CONFIG} is damaged or was edited: its checksum is not the one in its {SEAL!r}; save or copy "
+            "it again"
+        )
     if _digest(directory / TENSORS) != config["sha256"]:
         raise ValueError(
             f"{directory / TENSORS} is damaged: its checksum is not the one in {CONFIG}; save or copy it again"
         )
     try:
-        return _filled(config["base"], OFQConfig.from_dict(config["ofq"]), load_file(directory / TENSORS))
+        # Copies: what load_file gives is the file itself, and changes or vanishes with it.
+        tensors = {name: tensor.clone() for name, tensor in load_file(directory / TENSORS).items()}
+        return _filled(config["base"], OFQConfig.from_dict(config["ofq"]), tensors)
+    except (ImportError, MemoryError):  # of this machine, and not of the file
+        raise
     except KeyError as error:
         raise ValueError(f"{directory / CONFIG} lacks {error} in 'base'") from error
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{directory / CONFIG} and {TENSORS} do not make a model: {error}") from error
+    except Exception as error:  # the hosts assert, index and have classes of their own
+        raise ValueError(
+            f"{directory / CONFIG} and {TENSORS} do not make a model: {type(error).__name__}: {error}"
+        ) from error
 
 
 def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None = None) -> None:
@@ -179,7 +192,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     version = config.get("format_version")
     if version != VERSION:
         raise ValueError(
-            f"{path} has format_version={version!r}, and this hf_ext reads {VERSION}; a higher one takes a newer hf_ext"
+            f"{path} has format_version={version!r}, and this hf_ext reads {VERSION}; a higher one takes a newer "
+            "hf_ext, and a model of a lower one has to be packed again"
         )
     for field in FIELDS:
         if field not in config:
@@ -202,6 +216,12 @@ def _require_free(directory: Path) -> None:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
+
+
+def _seal(config: dict[str, Any]) -> str:
+    """Of all fields but itself, whatever their order and the spaces between them."""
+    fields = {name: value for name, value in config.items() if name != SEAL}
+    return sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _packed_tensors(frozen: nn.Module) -> dict[str, torch.Tensor]:

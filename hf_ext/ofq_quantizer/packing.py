@@ -12,12 +12,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     The lowest bit of a row's first code is the lowest bit of its first byte; codes are stored plus 2^(bits-1).
 
     Raises:
-        ValueError: bits outside 1 .. 8, a code outside its range, or no matrix.
+        ValueError: bits outside 1 .. 8, a code that is no integer or outside its range, or no matrix.
     """
     _check_bits(bits)
     n = 2 ** (bits - 1)
     if codes.dim() != 2:
         raise ValueError(f"codes must be (rows, columns), not {tuple(codes.shape)}")
+    if codes.is_floating_point() and (fractions := codes.remainder(1) != 0).any():
+        raise ValueError(f"codes are integers, and {codes[fractions][0].item()} is none")
     if codes.numel() and not -n <= int(codes.min()) <= int(codes.max()) < n:
         raise ValueError(f"codes of {bits} bits are {-n} .. {n - 1}, and these are {codes.min()} .. {codes.max()}")
     stream = _bits(codes.to(torch.int16) + n, bits).flatten(1)
