@@ -324,9 +324,8 @@ print(f"  {'guessing, pruned':32}{guess:8.3f}")
 # %% [markdown]
 # What the string did: change one token of the first document of a row, and look at the logits of the others.
 
+
 # %%
-
-
 @torch.no_grad()
 def leak(name: str) -> float:
     """Largest change of a logit of another document in the first row, as the reader of that name is given it."""

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 from processes import copy_package, run, run_python
@@ -32,7 +33,8 @@ def sixth(tmp_path_factory):
         if name == "hf_ext/registry.py":
             table = path.read_text(encoding="utf-8")
             end = table.index("\n)\n", table.index("TABLE = ("))
-            path.write_text(table[: end + 1] + code + table[end + 1 :], encoding="utf-8")
+            row = indent(f"{code.rstrip()},\n", "    ")
+            path.write_text(table[: end + 1] + row + table[end + 1 :], encoding="utf-8")
         else:
             path.parent.mkdir(exist_ok=True)
             path.write_text(code, encoding="utf-8")
