@@ -486,6 +486,7 @@ def test_an_interrupt_ends_the_trainings(tmp_path):
     code = f"""
         import os, pathlib, signal, threading
         from hf_ext.demo import report
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # where a shell in the background has it ignored
         threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
         run = report.Run("endless", ["-c", "import time; time.sleep(900)"], steps=1)
         report._run_all([run], pathlib.Path({str(tmp_path)!r}))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from mcq_models import FAMILIES, LETTERS, WORDS, alone, prompts_and_counts, tiny_model, word_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -540,7 +541,11 @@ def test_logits_that_are_not_finite():
 def test_accelerates_mixed_precision_does_not_round():
     model = tiny_model("gpt2", torch.float32)
     expected = scored(model).scores
-    scores = scored(Accelerator(cpu=True, mixed_precision="bf16").prepare(model)).scores
+    AcceleratorState._reset_state(reset_partial_state=True)  # another precision may have been chosen in this process
+    try:
+        scores = scored(Accelerator(cpu=True, mixed_precision="bf16").prepare(model)).scores
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
     assert not np.array_equal(scores, torch.from_numpy(scores).bfloat16().double().numpy())
     np.testing.assert_allclose(scores, expected, atol=0.2)
 

@@ -163,6 +163,7 @@ assert min(batch["importance"].min() for batch in loader) > 0
 found = [accelerator.num_processes, weights.to_dict(), corpus["importance"][:], drawn]
 with open(f"rank{accelerator.process_index}.json", "w") as file:
     json.dump(found, file)
+accelerator.end_training()  # without it a process may abort on its way out
 """
 
 
