@@ -565,7 +565,11 @@ def test_report_is_the_metric_before_and_after():
     assert frame.loc["output calibration", "anchored_bias_rate"] == report.before["calibrated_anchored_bias_rate"]
     assert math.isnan(frame.loc["output calibration", "tvd"])
     assert frame.loc["after", "cmh_z"] == report.after["cmh_z"]
+    neurons = {layer: len(chosen) for layer, chosen in sorted(pm.mcq_bias["edited"].items())}
+    assert report.localisation == {"neurons": neurons, "heads": {}}
     text = str(report)
+    first, number = next(iter(neurons.items()))
+    assert f"edited neurons: {number} in layer {first}" in text
     for word in ("before", "output calibration", "after", "accuracy", "30 examples", f"{report.after['accuracy']:.3f}"):
         assert word in text
 

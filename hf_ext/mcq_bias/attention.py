@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
 from transformers.utils import logging
 
 from hf_ext import compat
@@ -101,6 +100,8 @@ class _Watch:
     configs: dict[int, dict[str, Any]] = field(default_factory=dict)  # {id: as it was put in}
 
     def begin(self, model: nn.Module) -> None:
+        from transformers import GenerationMixin  # of which the registration of the name has no need
+
         _open.append(self)
         # Copies, since a config may be shared with other models, which keep their engine.
         copies: dict[int, Any] = {}

@@ -27,11 +27,14 @@ class MitigationReport:
         before: outputs of `bias_metrics` with the adapter disabled. Its `calibrated_accuracy` and
             `calibrated_anchored_bias_rate` are the rival: each letter's mean score subtracted, no weight edited.
         after: the same with the adapter.
+        localisation: number of edited neurons and of edited heads in each layer, {"neurons": {layer: number}, "heads":
+            {...}}: where the preference was found. None of an adapter that came without its record.
     """
 
     anchor: str
     before: dict[str, int | float]
     after: dict[str, int | float]
+    localisation: dict[str, dict[int, int]] | None = None
 
     def to_pandas(self) -> Any:
         """A DataFrame with the rows before, output calibration and after. NaN: not computed for calibration."""
@@ -47,6 +50,9 @@ class MitigationReport:
         for row, title in enumerate(ROWS):
             cells = "".join(f"{_number(column[row]):>{_width(name)}}" for name, column in table.items())
             lines.append(f"{title:<{width}}{cells}")
+        for kind, layers in (self.localisation or {}).items():
+            if layers:
+                lines.append(f"edited {kind}: " + ", ".join(f"{n} in layer {layer}" for layer, n in layers.items()))
         return "\n".join(lines)
 
     def _table(self) -> dict[str, list[float]]:
@@ -99,7 +105,17 @@ def mitigation_report(
 
     with pm.disable_adapter():
         before = measured()
-    return MitigationReport(LETTERS[index], before, measured())
+    return MitigationReport(LETTERS[index], before, measured(), _localisation(pm))
+
+
+def _localisation(pm: PeftModel) -> dict[str, dict[int, int]] | None:
+    facts = facts_of(pm)
+    if facts is None:
+        return None
+    kinds = {"neurons": facts.get("edited", {}), "heads": facts.get("edited_heads", {})}
+    return {
+        kind: {int(layer): len(chosen[layer]) for layer in sorted(chosen, key=int)} for kind, chosen in kinds.items()
+    }
 
 
 def _as_in_the_fit(pm: PeftModel, given: dict[str, Any]) -> dict[str, Any]:

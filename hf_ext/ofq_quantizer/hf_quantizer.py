@@ -4,17 +4,18 @@ Saved files hold the latent weights. So that a process without hf_ext does not t
 quantised weight is written with one extra leading axis, at which every loader that does not know of it stops.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils import logging
 
 from hf_ext import compat
-from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
 from hf_ext.ofq_quantizer.config import OFQConfig
-from hf_ext.ofq_quantizer.layers import QuantWeight
-from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
+
+# Every import of transformers' quantisers imports this module, and the layers bring numba: a tenth of a second.
+if TYPE_CHECKING:
+    from hf_ext.ofq_quantizer.layers import QuantWeight
 
 logger = logging.get_logger(__name__)
 
@@ -82,6 +83,9 @@ class OFQHfQuantizer(compat.QuantizerHooks, HfQuantizer):
             layer._complete_scale = _leave_out
 
     def finish(self, model: nn.Module, missing: set[str]) -> None:
+        from hf_ext.ofq_quantizer.layers import QuantWeight
+        from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
+
         anew = set()
         for name, module in model.named_modules():
             if isinstance(module, QuantWeight):
@@ -106,6 +110,8 @@ class OFQHfQuantizer(compat.QuantizerHooks, HfQuantizer):
         _introduce(model, self)
 
     def saved_state(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
+
         state = model.state_dict()
         if later := later_layers(model):
             logger.warning_once(
@@ -165,7 +171,9 @@ def _disk_names(model: nn.Module) -> list[tuple[str, str]]:
     return compat.disk_names(model.config.model_type, [f"{role}_quantizer" for role in _ROLES])
 
 
-def _quantised(model: nn.Module) -> dict[str, QuantWeight]:
+def _quantised(model: nn.Module) -> "dict[str, QuantWeight]":
+    from hf_ext.ofq_quantizer.layers import QuantWeight
+
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantWeight)}
 
 
