@@ -1,11 +1,12 @@
 """hf-ext doctor | demo | bench | mcq-report"""
 
 import json
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from hf_ext.checks import listed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -94,9 +95,7 @@ def bench(
     names = BENCHMARKS if not methods or methods == ["all"] else methods
     for name in names:
         if name not in BENCHMARKS:
-            near = get_close_matches(name, BENCHMARKS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            _refuse(f"there is no benchmark {name!r}; there are {', '.join(BENCHMARKS)}, and all of them: all.{hint}")
+            _refuse(f"there is no benchmark {name!r}; there are {listed(name, [*BENCHMARKS, 'all'])}")
     good = measure_all(names, out, quick=quick, require_cuda=require_cuda)
     raise typer.Exit(0 if good else 1)
 

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from hf_ext import compat, registry
+from hf_ext.checks import did_you_mean
 
 FOREIGN = "not a name of hf_ext"
 OFF = "autoload is off: `import hf_ext` in the script"
@@ -64,8 +64,7 @@ def _strings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _why_no_effect(value: Any, host: str, folder: Path, channel: str) -> str | None:
     names = registry.status()[host]["names"]
     if value not in names:
-        near = get_close_matches(str(value), names, n=1)
-        return f"{FOREIGN}; did you mean {near[0]!r}?" if near else FOREIGN
+        return FOREIGN + did_you_mean(value, names, likeness=0.6)  # BOFT is no misspelt BONE
     if host == "transformers" and not compat.reads_attention_from_config():
         return "this transformers ignores the key; pass attn_implementation to from_pretrained (it is read from 5.5 on)"
     if channel == "off" and not (host == "peft" and compat.has_native_bone()):

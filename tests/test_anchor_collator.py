@@ -295,7 +295,7 @@ def test_a_flattening_collator_that_starts_elsewhere_is_refused():
         ({"anchor_token_id": -1}, ["anchor_token_id", "-1"]),
         ({"anchor_token_id": True}, ["anchor_token_id", "True"]),
         ({"max_length": 1}, ["max_length", "not 1"]),
-        ({"on_missing_anchor": "inser"}, ["insert, error", "did you mean 'insert'"]),
+        ({"on_missing_anchor": "inser"}, ["'insert', 'error'", "did you mean 'insert'"]),
         ({"inner": 3}, ["inner", "3"]),
     ],
     ids=str,

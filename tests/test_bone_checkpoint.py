@@ -300,7 +300,7 @@ def test_targets_that_the_base_has_not(tmp_path):
         ({"r": 8.0}, "r: found 8.0, expected an integer of at least 1"),
         (
             {"init_weights": "Bat"},
-            'init_weights: found \'Bat\', expected true, false, "bat" or "bat_row"; did you mean bat?',
+            'init_weights: found \'Bat\', expected true, false, "bat" or "bat_row"; did you mean \'bat\'?',
         ),
         ({"init_weights": 1}, 'init_weights: found 1, expected true, false, "bat" or "bat_row"'),
         ({"init_weights": None}, 'init_weights: found None, expected true, false, "bat" or "bat_row"'),
@@ -358,8 +358,8 @@ def test_unknown_task_is_told_with_those_of_peft(base, tmp_path, task, near):
     config, tensors = adapter(base, task_type=task)
     (line,) = problems(write_adapter(tmp_path / "a", config, tensors), base)
     assert line.startswith(f"- task_type: found {task!r}, expected null or one of ")
-    assert "SEQ_2_SEQ_LM, " in line
-    assert line.partition("; did you mean ")[2] == (f"{near}?" if near else "")
+    assert "'SEQ_2_SEQ_LM', " in line
+    assert line.partition("; did you mean ")[2] == (f"{near!r}?" if near else "")
 
 
 def test_options_of_newer_versions_are_a_note(base, tmp_path):

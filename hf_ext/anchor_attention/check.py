@@ -13,6 +13,7 @@ from hf_ext import compat
 from hf_ext.anchor_attention.backend import anchor_attention_forward
 from hf_ext.anchor_attention.mask import anchor_mask
 from hf_ext.anchor_attention.support import AnchorUnsupportedError, refusal, who, why_unsupported
+from hf_ext.modes import evaluating
 
 # Never one of the user's names: what is lent for a probe must not meet what is registered.
 _LENT = "hf_ext_probe"
@@ -110,9 +111,8 @@ def hosted_model(model: nn.Module) -> PreTrainedModel:
 @contextmanager
 def lent(model: nn.Module, attention: Callable, mask: Callable) -> Iterator[None]:
     """Inside, `model` calls `attention` and `mask`, in evaluation mode and without gradients; then all is as before."""
-    modules = list(model.modules())
-    modes = [module.training for module in modules]
-    configs = {id(c): c for c in (getattr(m, "config", None) for m in modules) if hasattr(c, "_attn_implementation")}
+    configs = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
     # The property would set the sub-configs as well, and these may differ from it.
     names = {key: config._attn_implementation_internal for key, config in configs.items()}
     attentions, masks = compat.attention_tables()
@@ -120,14 +120,11 @@ def lent(model: nn.Module, attention: Callable, mask: Callable) -> Iterator[None
         attentions[_LENT], masks[_LENT] = attention, mask
         for config in configs.values():
             config._attn_implementation_internal = _LENT
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             yield
     finally:
         for key, config in configs.items():
             config._attn_implementation_internal = names[key]
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
         attentions.pop(_LENT, None)
         masks.pop(_LENT, None)
 

@@ -7,7 +7,6 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from difflib import get_close_matches
 from functools import cache
 from typing import NamedTuple
 
@@ -21,6 +20,7 @@ from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.sdpa import sdpa_engine
 from hf_ext.anchor_attention.segments import SegmentTable
 from hf_ext.anchor_attention.varlen import flash_kernels, varlen_kernels
+from hf_ext.checks import listed
 
 ENGINE_VARIABLE = "HF_EXT_ANCHOR_ENGINE"
 # Relative error allowed to a kernel on the toy: some roundings to bfloat16.
@@ -245,7 +245,5 @@ def _requested() -> tuple[str, str]:
 def _checked(name: str, source: str) -> str:
     allowed = ["auto", *ENGINES]
     if name not in allowed:
-        near = get_close_matches(str(name), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{source}: there is no engine {name!r}; allowed are {', '.join(allowed)}.{hint}")
+        raise ValueError(f"{source}: there is no engine {name!r}; allowed are {listed(name, allowed)}")
     return name

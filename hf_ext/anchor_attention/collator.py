@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from hf_ext.anchor_attention.packing import IGNORED, check_length_and_anchor
 from hf_ext.anchor_attention.positions import anchor_ids, closing_run, starts_of
+from hf_ext.checks import check_word
 
 CURES = ("insert", "error")
 _REBUILT = ("position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -55,12 +55,7 @@ class AnchorCollator:
         if not callable(self.inner):
             raise ValueError(f"inner must be a collator, a callable for lists of examples, not {self.inner!r}")
         check_length_and_anchor(2 if self.max_length is None else self.max_length, self.anchor_token_id)
-        if self.on_missing_anchor not in CURES:
-            near = get_close_matches(str(self.on_missing_anchor), CURES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"on_missing_anchor must be one of {', '.join(CURES)}, not {self.on_missing_anchor!r}{hint}"
-            )
+        check_word("on_missing_anchor", self.on_missing_anchor, CURES)
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         batch = dict(self.inner(*args, **kwargs))

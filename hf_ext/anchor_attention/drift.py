@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from hf_ext.anchor_attention.check import hosted_model, lent
 from hf_ext.anchor_attention.models import OWN_ATTENTION
 from hf_ext.anchor_attention.support import unsupported
+from hf_ext.checks import is_integer
 
 
 @dataclass
@@ -83,7 +84,7 @@ def _check_input(model: nn.Module, input_ids: Tensor, *shifts: int) -> int:
     if input_ids.ndim != 2 or input_ids.shape[0] < 1 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids must be (B, L) with L of at least 2, not {tuple(input_ids.shape)}")
     for shift in shifts:
-        if isinstance(shift, bool) or not isinstance(shift, int) or shift < 0:
+        if not is_integer(shift) or shift < 0:
             raise ValueError(f"shift_a and shift_b must be integers of at least 0, not {shift!r}")
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise unsupported(model, "its forward takes no position_ids")

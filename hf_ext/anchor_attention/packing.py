@@ -3,9 +3,10 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from numbers import Integral
 from typing import Any
+
+from hf_ext.checks import check_flag, check_word, is_integer
 
 IGNORED = -100
 LAYOUTS = ("replica", "shared")
@@ -47,15 +48,11 @@ class AnchorPacking:
 
     def __post_init__(self) -> None:
         check_length_and_anchor(self.max_length, self.anchor_token_id)
-        if self.pad_token_id is not None and (not _is_integer(self.pad_token_id) or self.pad_token_id < 0):
+        if self.pad_token_id is not None and (not is_integer(self.pad_token_id) or self.pad_token_id < 0):
             raise ValueError(f"pad_token_id must be a token id or None, not {self.pad_token_id!r}")
         for name in ("split_documents", "drop_remainder", "label_anchor"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.layout not in LAYOUTS:
-            near = get_close_matches(str(self.layout), LAYOUTS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, not {self.layout!r}{hint}")
+            check_flag(name, getattr(self, name))
+        check_word("layout", self.layout, LAYOUTS)
         if self.layout == "shared" and self.label_anchor:
             raise ValueError("label_anchor needs layout='replica': a shared row has no anchor between its documents")
         if self.layout == "shared":
@@ -191,17 +188,13 @@ class _Rows:
 
 def check_length_and_anchor(max_length: Any, anchor_token_id: Any) -> None:
     """Raises ValueError unless one is a length that holds an anchor and a token, and the other a token id."""
-    if not _is_integer(max_length) or max_length < 2:
+    if not is_integer(max_length) or max_length < 2:
         raise ValueError(f"max_length must be an integer of at least 2, not {max_length!r}")
-    if not _is_integer(anchor_token_id) or anchor_token_id < 0:
+    if not is_integer(anchor_token_id) or anchor_token_id < 0:
         raise ValueError(
             f"anchor_token_id must be a token id, not {anchor_token_id!r}; "
             "a tokenizer without a BOS token can lend its EOS token"
         )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _lists(column: Sequence[Any], name: str) -> list[list[int]]:

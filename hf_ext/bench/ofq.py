@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_ext.bench import ofq_cuda
-from hf_ext.bench.harness import Row, compare
+from hf_ext.bench.harness import Row, compare, keep_freed_memory
 from hf_ext.ofq_quantizer import OFQConfig, calibrate, lsq_init, quantize, save_packed, statsq, to_int8
 
 ARCHITECTURE = "deit_tiny_patch16_224"
@@ -31,9 +31,9 @@ def rows(quick: bool = False) -> Iterator[Row]:
     repeats = 2 if quick else 7
     yield from linear_rows(2 if quick else 16, repeats)
     yield from model_rows(1 if quick else 3, 2 if quick else 8, repeats)
-    yield statsq_row(quick, repeats)
     yield from inference_rows(1 if quick else 12, 1 if quick else 4, repeats)
     yield file_row(1 if quick else 12)
+    yield from statsq_rows(quick, repeats)
     yield from ofq_cuda.rows(quick)
 
 
@@ -157,18 +157,20 @@ def deit(depth: int) -> nn.Module:
     return model
 
 
-def statsq_row(quick: bool, repeats: int) -> Row:
-    """StatsQ under torch.compile against a copy."""
+def statsq_rows(quick: bool, repeats: int) -> Iterator[Row]:
+    """StatsQ under torch.compile against a copy, and against a compiled copy: entering a graph costs both the same."""
+    keep_freed_memory()
     weight = torch.randn(768, 192 if quick else 3072)
-    compiled = torch.compile(partial(statsq, bits=2), fullgraph=True)
-    return compare(
-        f"StatsQ of {weight.shape[0]} x {weight.shape[1]}, compiled",
-        _often(partial(compiled, weight)),
-        _often(weight.clone),
-        peer_name="clone()",
-        repeats=repeats,
-        at_most=1.5,
-    )
+    compiled, copied = (torch.compile(f, fullgraph=True) for f in (partial(statsq, bits=2), torch.clone))
+    for name, peer, at_most in (("clone()", torch.clone, 1.5), ("clone(), compiled", copied, None)):
+        yield compare(
+            f"StatsQ of {weight.shape[0]} x {weight.shape[1]}, compiled",
+            _often(partial(compiled, weight)),
+            _often(partial(peer, weight)),
+            peer_name=name,
+            repeats=repeats,
+            at_most=at_most,
+        )
 
 
 def _often(function: Callable[[], object]) -> Callable[[], None]:

@@ -17,14 +17,13 @@ from hf_ext.bone_adapter.kernels import (
     chunks,
     differentiable,
     flat,
-    no_autocast,
     own,
     part_of_block,
-    product_dtype,
     updated,
     weight_gradient,
     wide,
 )
+from hf_ext.modes import no_autocast, product_dtype
 
 Weight = Tensor | Callable[[], Tensor]
 

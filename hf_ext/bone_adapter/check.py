@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from hf_ext.bone_adapter.checkpoint import (
     tensor_problems,
 )
 from hf_ext.bone_adapter.ops import block_shape
+from hf_ext.checks import nearest
 
 Shape = tuple[int | str, ...]
 
@@ -134,8 +134,7 @@ def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _meant(config: Mapping[str, Any]) -> dict[str, str | None]:
     """{option that Bone has not: the one that it almost spells}. Real options of other methods differ by more."""
-    near = {name: get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.88) for name in config if name not in OPTIONS}
-    return {name: found[0] if found else None for name, found in near.items()}
+    return {name: nearest(name, OPTIONS, likeness=0.88) for name in config if name not in OPTIONS}
 
 
 def _unknown_options(config: Mapping[str, Any]) -> Iterator[str]:

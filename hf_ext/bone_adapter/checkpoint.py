@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,6 +13,8 @@ import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, TaskType, load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor
+
+from hf_ext.checks import did_you_mean, listed
 
 PREFIX = "base_model.model."  # of every key in a file
 BLOCK = "bone_block"
@@ -53,8 +54,7 @@ def form_of(init_weights: Any) -> str:
         return "tile"
     if init_weights in ("bat", "bat_row"):
         return init_weights
-    near = get_close_matches(str(init_weights).lower(), ("true", "false", "bat", "bat_row"), n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+    hint = did_you_mean(init_weights, ("true", "false", "bat", "bat_row"))
     raise ValueError(f'init_weights: found {init_weights!r}, expected true, false, "bat" or "bat_row"{hint}')
 
 
@@ -82,9 +82,7 @@ def option_problems(config: Mapping[str, Any]) -> list[str]:
     task = config.get("task_type")
     if task is not None and task not in list(TaskType):
         allowed = [known.value for known in TaskType]
-        near = get_close_matches(str(task).upper(), allowed, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        problems.append(f"task_type: found {task!r}, expected null or one of {', '.join(allowed)}{hint}")
+        problems.append(f"task_type: found {task!r}, expected null or one of {listed(task, allowed)}")
     if config.get("target_parameters"):
         problems.append(
             f"target_parameters: found {config['target_parameters']!r}, expected null: Bone adapts linear layers, not "

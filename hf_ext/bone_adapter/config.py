@@ -1,13 +1,13 @@
 """What a Bone adapter is: its size, its form, and where it goes."""
 
 from dataclasses import InitVar, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from peft.config import PeftConfig
 
 from hf_ext import compat
 from hf_ext.bone_adapter.checkpoint import BIAS, form_of, option_problems
+from hf_ext.checks import check_word, listed
 
 INIT_WEIGHTS = (True, False, "bat", "bat_row")
 
@@ -68,20 +68,10 @@ class BoneConfig(PeftConfig):
             raise ValueError(f"r must be an integer of at least 1, not {self.r!r}")
         # By type as well: 1 == True, and a file that says 1 was not written by PEFT.
         if not any(type(self.init_weights) is type(value) and self.init_weights == value for value in INIT_WEIGHTS):
-            raise ValueError(
-                f"init_weights={self.init_weights!r} is none of {_listed(self.init_weights, INIT_WEIGHTS)}"
-            )
-        if self.bias not in BIAS:
-            raise ValueError(f"bias={self.bias!r} is none of {_listed(self.bias, BIAS)}")
+            raise ValueError(f"init_weights={self.init_weights!r} is none of {listed(self.init_weights, INIT_WEIGHTS)}")
+        check_word("bias", self.bias, BIAS)
 
     def _check_options(self, target_parameters: Any) -> None:
         options = {option.name: getattr(self, option.name) for option in fields(self)}
         if problems := option_problems(options | {"target_parameters": target_parameters}):
             raise ValueError("; ".join(problems))
-
-
-def _listed(value: Any, allowed: tuple[Any, ...]) -> str:
-    """The allowed values, and the one that was probably meant."""
-    near = get_close_matches(str(value).lower(), [str(known).lower() for known in allowed], n=1, cutoff=0.5)
-    meant = next((known for known in allowed if near and str(known).lower() == near[0]), None)
-    return ", ".join(map(repr, allowed)) + (f"; did you mean {meant!r}?" if near else "")

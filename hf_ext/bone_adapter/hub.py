@@ -1,6 +1,5 @@
 """Bone adapters on the hub: PEFT's own files, checked, and a card that says who reads them."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
@@ -10,6 +9,7 @@ from torch import nn
 
 from hf_ext import compat
 from hf_ext.bone_adapter.check import CheckpointReport, check_checkpoint
+from hf_ext.checks import did_you_mean
 
 CARD = """{head}
 # A Bone adapter for {kind}
@@ -84,10 +84,9 @@ def _bone_adapter(model: PeftModel, name: str | None) -> str:
     name = model.active_adapter if name is None else name
     there = {key: config.peft_type.value for key, config in model.peft_config.items()}
     if there.get(name) != "BONE":
-        near = get_close_matches(name, there, n=1)
-        listed = ", ".join(f"{key!r} ({kind})" for key, kind in there.items())
-        hint = f"; did you mean {near[0]!r}?" if near and near[0] != name else ""
-        raise ValueError(f"adapter_name={name!r} is no Bone adapter of this model, which has {listed}{hint}")
+        kinds = ", ".join(f"{key!r} ({kind})" for key, kind in there.items())
+        hint = did_you_mean(name, there.keys() - {name})
+        raise ValueError(f"adapter_name={name!r} is no Bone adapter of this model, which has {kinds}{hint}")
     return name
 
 

@@ -4,7 +4,6 @@ What is done to a weight is local to its rows (in the block-affine forms, to run
 handled a few rows at a time. Arguments share one dtype unless the text says otherwise.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
 
 import torch
@@ -133,22 +132,6 @@ def _blockwise(form: str, weight: Tensor, r: int) -> Tensor:
 def wide(*tensors: Tensor) -> torch.dtype:
     """At least float32, and no narrower than any of `tensors`."""
     return reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
-
-
-def product_dtype(x: Tensor, otherwise: torch.dtype) -> torch.dtype:
-    """The dtype of a matrix product: as in nn.Linear, autocast decides, and leaves float64 alone."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast and otherwise != torch.float64 else otherwise
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    kind = x.device.type
-    if not torch.amp.is_autocast_available(kind):
-        return nullcontext()
-    # A compiled backward is traced twice, the second time under the autocast of the forward: the graph must say it.
-    needed = torch.is_autocast_enabled(kind) or torch.compiler.is_compiling()
-    return torch.autocast(kind, enabled=False) if needed else nullcontext()
 
 
 def differentiable(*tensors: Tensor | None) -> bool:

@@ -22,15 +22,14 @@ from hf_ext.bone_adapter.kernels import (
     chunks,
     differentiable,
     flat,
-    no_autocast,
     own,
-    product_dtype,
     row_product,
     slice_sum,
     tiled,
     updated,
     wide,
 )
+from hf_ext.modes import no_autocast, product_dtype
 
 __all__ = [
     "FORMS",

@@ -4,13 +4,13 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from typing import Literal
 
 from torch import Tensor
 
 from hf_ext.bone_adapter import ops
 from hf_ext.bone_adapter.config import BoneConfig
+from hf_ext.checks import listed
 
 COMBINATIONS = ("linear", "compose")
 
@@ -99,6 +99,5 @@ def _common_form(chosen: Mapping[str, BoneConfig]) -> str:
 def _check_combination(combination_type: str, form: str) -> None:
     allowed = COMBINATIONS[:1] if form == "tile" else COMBINATIONS
     if combination_type not in allowed:
-        near = get_close_matches(str(combination_type), allowed, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"combination_type={combination_type!r}: the {form} form allows {', '.join(allowed)}{hint}")
+        known = listed(combination_type, allowed)
+        raise ValueError(f"combination_type={combination_type!r}: the {form} form allows {known}")

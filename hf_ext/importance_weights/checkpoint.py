@@ -10,7 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from hf_ext.importance_weights.config import ImportanceConfig, check_count
+from hf_ext.checks import check_count
+from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.problem import Problem
 from hf_ext.importance_weights.ranks import Ranks
 

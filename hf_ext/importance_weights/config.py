@@ -1,12 +1,10 @@
 """The options of importance weights, checked in one place."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from itertools import combinations
-from numbers import Integral, Real
 from typing import Any
+
+from hf_ext.checks import check_count, check_word, is_integer, is_number, refuse_unknown
 
 METHODS = ("multilinear", "shapley", "banzhaf", "loo", "mean")
 GROUP_UPDATES = ("mean", "sum", "exact")
@@ -104,17 +102,17 @@ class ImportanceConfig:
     def _check_numbers(self) -> None:
         if isinstance(self.learning_rate, str):
             check_word("learning_rate", self.learning_rate, ("auto",), "or a positive number")
-        elif not _is_number(self.learning_rate) or self.learning_rate <= 0:
+        elif not is_number(self.learning_rate) or self.learning_rate <= 0:
             raise ValueError(f"learning_rate={self.learning_rate!r} is neither 'auto' nor a positive number")
         if isinstance(self.unseen, str):
             check_word("unseen", self.unseen, UNSEEN, "or a number")
-        elif not _is_number(self.unseen):
+        elif not is_number(self.unseen):
             raise ValueError(f"unseen={self.unseen!r} is neither 'keep' nor 'drop' nor a number")
-        if not _is_number(self.epsilon) or self.epsilon < 0:
+        if not is_number(self.epsilon) or self.epsilon < 0:
             raise ValueError(f"epsilon={self.epsilon!r} is no number of at least 0")
-        if not _is_number(self.delta) or not 0 <= self.delta < 1:
+        if not is_number(self.delta) or not 0 <= self.delta < 1:
             raise ValueError(f"delta={self.delta!r} is no number in [0, 1)")
-        if not _is_number(self.prior_strength) or self.prior_strength < 0:
+        if not is_number(self.prior_strength) or self.prior_strength < 0:
             raise ValueError(f"prior_strength={self.prior_strength!r} is no number of at least 0")
 
     @property
@@ -133,33 +131,10 @@ class ImportanceConfig:
         Raises:
             ValueError: a key that is no option, with the nearest one.
         """
-        known = [option.name for option in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"unknown option {name!r} of ImportanceWeights; known are {listed(name, known)}")
+        refuse_unknown(values, [option.name for option in fields(cls)], "ImportanceWeights")
         return cls(**values)
 
 
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} is no integer of at least 1")
-
-
 def check_seed(seed: Any) -> None:
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not 0 <= seed < 1 << 63:
+    if not is_integer(seed) or not 0 <= seed < 1 << 63:
         raise ValueError(f"seed={seed!r} is no integer from 0 to 2^63 - 1")
-
-
-def check_word(name: str, value: Any, allowed: Sequence[str], others: str = "") -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is none of {listed(value, allowed)}{' ' + others if others else ''}")
-
-
-def listed(value: Any, allowed: Sequence[str]) -> str:
-    """The allowed values, and the one that was probably meant."""
-    near = get_close_matches(str(value).lower(), allowed, n=1, cutoff=0.5)
-    return ", ".join(map(repr, allowed)) + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,8 +13,9 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, IterableDataset, Value
 
+from hf_ext.checks import check_count
 from hf_ext.importance_weights.columns import require
-from hf_ext.importance_weights.config import check_count, check_seed
+from hf_ext.importance_weights.config import check_seed
 from hf_ext.importance_weights.lookup import Lookup, as_ids
 
 

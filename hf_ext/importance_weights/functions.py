@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ext.checks import check_count, check_word
 from hf_ext.importance_weights import tensors
-from hf_ext.importance_weights.config import DTYPES, check_count, check_word
+from hf_ext.importance_weights.config import DTYPES
 from hf_ext.importance_weights.kernels import NEGLIGIBLE, gradients, scratch
 from hf_ext.importance_weights.lanes import lanes
 from hf_ext.importance_weights.list_kernels import group_list, shapley_list

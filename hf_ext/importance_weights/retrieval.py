@@ -7,8 +7,8 @@ import pyarrow as pa
 import torch
 from datasets import Dataset, LargeList, Value
 
+from hf_ext.checks import check_count, check_word
 from hf_ext.importance_weights.columns import ListColumn, require
-from hf_ext.importance_weights.config import check_count, check_word
 from hf_ext.importance_weights.lookup import as_ids
 
 INDEXES = ("auto", "faiss", "exact")

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hf_ext.checks import check_word
 from hf_ext.importance_weights.columns import ListColumn, tables
-from hf_ext.importance_weights.config import ImportanceConfig, check_word
+from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.lists import encode, read_lists
 from hf_ext.importance_weights.vote_kernels import read_utility, winners
 

@@ -11,10 +11,11 @@ from datasets import IterableDataset
 from torch.utils.data import WeightedRandomSampler
 
 from hf_ext import compat
+from hf_ext.checks import check_count
 from hf_ext.importance_weights import corpus as corpora
 from hf_ext.importance_weights import saving, votes
 from hf_ext.importance_weights.checkpoint import Checkpoints
-from hf_ext.importance_weights.config import ImportanceConfig, check_count
+from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.fit import solve
 from hf_ext.importance_weights.hub import SavedWeights
 from hf_ext.importance_weights.lists import compact

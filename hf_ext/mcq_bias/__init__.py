@@ -65,7 +65,7 @@ def metric_path(name: str) -> str:
     """
     from pathlib import Path
 
-    from hf_ext.mcq_bias.checks import check_word
+    from hf_ext.checks import check_word
 
     check_word("name", name, [METRIC])
     return str(Path(__file__).parent / name)

@@ -7,8 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from hf_ext.mcq_bias.checks import FEWEST, MOST
 from hf_ext.mcq_bias.columns import UNKNOWN, Columns, refuse_permutation, sizes_of
+from hf_ext.mcq_bias.letters import FEWEST, MOST
 
 NAN = math.nan  # what is not defined
 EXACTLY, NEARLY = 0.0, 1e-9  # how far from the maximum a tie may be: of given scores, of derived ones

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_ext.checks import check_count, check_word
 from hf_ext.mcq_bias.batches import batches, evaluating
-from hf_ext.mcq_bias.checks import anchor_index, check_count, check_word
 from hf_ext.mcq_bias.contributions import BiasAttribution
 from hf_ext.mcq_bias.examples import read_examples
 from hf_ext.mcq_bias.families import family_of
 from hf_ext.mcq_bias.lens import lens_weights
+from hf_ext.mcq_bias.letters import anchor_index
 from hf_ext.mcq_bias.scoring import answers, prepare
 from hf_ext.mcq_bias.split import captured, terms_of, total_of
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from hf_ext import modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,13 +92,7 @@ def asked_rows() -> tuple[list[int], int] | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradients and no compiled code, which skips hooks; afterwards modules are in the mode found."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield model.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # Where dynamo is not there, nothing is compiled, and importing it takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    with modes.evaluating(model), eager:
+        yield

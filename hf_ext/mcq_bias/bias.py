@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from hf_ext.mcq_bias.answers import NAN, Answers, at, gather
-from hf_ext.mcq_bias.checks import LETTERS
 from hf_ext.mcq_bias.columns import common_num_choices, read_columns
 from hf_ext.mcq_bias.config import BiasOptions
 from hf_ext.mcq_bias.groups import calibrated_mass, complete_groups, cyclic_accuracy, permutation_consistency, pride
@@ -19,6 +18,7 @@ from hf_ext.mcq_bias.intervals import (
     recalls,
     wilson,
 )
+from hf_ext.mcq_bias.letters import LETTERS
 
 Named = Iterator[tuple[str, int | float]]
 

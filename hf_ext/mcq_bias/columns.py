@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.checks import FEWEST, MOST, check_num_choices, no_choice
+from hf_ext.mcq_bias.letters import FEWEST, MOST, check_num_choices, no_choice
 from hf_ext.mcq_bias.reading import NONSENSE, column, indices, is_missing, is_row, padded, score_rows
 
 UNKNOWN = -1  # number of choices

@@ -1,9 +1,9 @@
 """The options of the metric, checked in one place."""
 
 from dataclasses import dataclass, fields
-from numbers import Real
 
-from hf_ext.mcq_bias.checks import anchor_index, check_count
+from hf_ext.checks import check_count, is_number
+from hf_ext.mcq_bias.letters import anchor_index
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class BiasOptions:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "anchor", anchor_index(self.anchor))
-        if not isinstance(self.confidence, Real) or not 0 < self.confidence < 1:
+        if not is_number(self.confidence) or not 0 < self.confidence < 1:
             raise ValueError(f"confidence={self.confidence!r} is no number between 0 and 1, both excluded")
         check_count("n_resamples", self.n_resamples, least=0)
         check_count("seed", self.seed, least=0)

@@ -2,13 +2,13 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_ext.mcq_bias.checks import LETTERS, check_count, check_word
+from hf_ext.checks import check_count, check_word, is_number
 from hf_ext.mcq_bias.lens import LensRows, LensWeights, rank_by_lens
+from hf_ext.mcq_bias.letters import LETTERS
 from hf_ext.mcq_bias.split import total_of
 
 COMPONENTS = ("neuron", "head", "component")
@@ -149,7 +149,7 @@ class BiasAttribution:
             ValueError: top_k < 1, or a threshold that is no number.
         """
         check_count("top_k", top_k)
-        if not isinstance(gap_threshold, Real) or isinstance(gap_threshold, bool):
+        if not is_number(gap_threshold):
             raise ValueError(f"gap_threshold={gap_threshold!r} is no number")
         rows, scale = self.selected, self.norm_scale[self.selected]
         toward = self.neurons[rows] * scale[:, None, None]

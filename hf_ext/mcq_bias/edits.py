@@ -1,10 +1,8 @@
 """How `mitigate` edits a model: its options, its three methods as edits of rank one, their trial and their delivery."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ext.mcq_bias.checks import anchor_index, check_count, check_word
+from hf_ext.checks import check_count, check_word, is_number
 from hf_ext.mcq_bias.contributions import BiasAttribution
-from hf_ext.mcq_bias.families import Family, at_least_float32, without_autocast
+from hf_ext.mcq_bias.families import Family, at_least_float32
+from hf_ext.mcq_bias.letters import anchor_index
+from hf_ext.modes import no_autocast
 
 METHODS = ("project", "shift", "paper")
 COMPONENTS = ("mlp", "attention", "both")
@@ -48,9 +48,7 @@ class Plan:
             )
         if isinstance(self.strength, str):
             check_word("strength", self.strength, ("match",))
-        elif (
-            not isinstance(self.strength, Real) or isinstance(self.strength, bool) or not 0 <= self.strength < math.inf
-        ):
+        elif not is_number(self.strength) or self.strength < 0:
             raise ValueError(f"strength={self.strength!r} is neither 'match' nor a number of at least 0")
         else:
             object.__setattr__(self, "strength", float(self.strength))
@@ -120,7 +118,7 @@ def edits_for(
     direction = anchor_direction(family, model, letters, plan.anchor)
     if plan.method == "shift":
         return shift(family, direction, neurons, attribution.mean(attribution.activations))
-    with without_autocast(direction):
+    with no_autocast(direction):
         return [
             *project(family, model, direction, neurons, family.mlp_path),
             *project(family, model, direction, heads, family.attention_path),

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.checks import FEWEST, LETTERS, MOST, check_num_choices, check_word, choice_index, plain
+from hf_ext.checks import check_word
+from hf_ext.mcq_bias.letters import FEWEST, LETTERS, MOST, check_num_choices, choice_index, plain
 
 # What stands before the options, before each of them, and at the end.
 STYLES = {

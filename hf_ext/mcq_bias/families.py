@@ -143,11 +143,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(torch.float32, tensor.dtype))
 
 
-def without_autocast(tensor: Tensor) -> torch.autocast:
-    """A context in which products on this tensor's device keep their precision."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 def _refuse_wrapper(model: nn.Module) -> None:
     """DistributedDataParallel and its like keep the model as `module`, a name that transformers does not use."""
     if isinstance(inner := getattr(model, "module", None), nn.Module):

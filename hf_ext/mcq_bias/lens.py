@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ext.mcq_bias.families import Family, at_least_float32, without_autocast
+from hf_ext.mcq_bias.families import Family, at_least_float32
+from hf_ext.modes import no_autocast
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def lens_weights(family: Family, model: nn.Module) -> LensWeights:
         centred = bias - bias.mean()
         means = values.mean(1)
         squares = torch.linalg.vector_norm(values, dim=1).square() - len(bias) * means.square()
-        with without_autocast(values):
+        with no_autocast(values):
             with_bias = values @ centred
         parts = {
             "norms": squares.clamp(min=0).sqrt(),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hf_ext.mcq_bias.bias import bias_metrics
-from hf_ext.mcq_bias.checks import LETTERS
+from hf_ext.mcq_bias.letters import LETTERS
 
 LM_EVAL, LIGHTEVAL = "samples_*.jsonl", "details_*.parquet"
 _DATE = re.compile(r"_\d{4}-\d{2}-\d{2}T[\d.-]+$")

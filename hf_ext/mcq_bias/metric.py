@@ -8,12 +8,13 @@ import datasets
 import evaluate
 
 from hf_ext import compat
+from hf_ext.checks import refuse_unknown
 from hf_ext.mcq_bias import METRIC as NAME
 from hf_ext.mcq_bias.answers import gather
 from hf_ext.mcq_bias.bias import measure
-from hf_ext.mcq_bias.checks import check_num_choices, refuse_unknown
 from hf_ext.mcq_bias.columns import MIXED, Columns, common_num_choices, read_columns
 from hf_ext.mcq_bias.config import OPTIONS, BiasOptions
+from hf_ext.mcq_bias.letters import check_num_choices
 
 EXTRA_COLUMNS = ("num_choices", "group", "permutation")
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 import hf_ext
 from hf_ext import compat
+from hf_ext.checks import check_count
 from hf_ext.mcq_bias.attribution import attribute
-from hf_ext.mcq_bias.checks import LETTERS, check_count
 from hf_ext.mcq_bias.contributions import BiasAttribution
 from hf_ext.mcq_bias.edits import (
     Chosen,
@@ -26,6 +26,7 @@ from hf_ext.mcq_bias.edits import (
 )
 from hf_ext.mcq_bias.examples import Examples, read_examples
 from hf_ext.mcq_bias.families import family_of
+from hf_ext.mcq_bias.letters import LETTERS
 from hf_ext.mcq_bias.saving import prompt_hash
 from hf_ext.mcq_bias.scoring import letter_tokens
 from hf_ext.mcq_bias.strength import Exam, matching_strength, over_answers

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_ext.mcq_bias.checks import letter_index
+from hf_ext.mcq_bias.letters import letter_index
 
 NO_ANSWER, NONSENSE = -1, -2
 _BEYOND = 1 << 40  # stands for every larger index, so that it fits an integer and a float64

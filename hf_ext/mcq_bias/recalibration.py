@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_ext.checks import check_word, is_integer, refuse_unknown
 from hf_ext.mcq_bias.attention import LastQuery, watched_attention
 from hf_ext.mcq_bias.batches import asked_rows
-from hf_ext.mcq_bias.checks import check_word
 from hf_ext.mcq_bias.examples import WHERE
 from hf_ext.mcq_bias.families import require_supported
 
@@ -71,8 +70,7 @@ class RecalibrationConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{file} holds {values!r}, and an object of options is expected")
         known = [option.name for option in fields(cls)]
-        for name in values:
-            check_word(f"{file}: option", name, known)
+        refuse_unknown(values, known, str(file))
         try:
             config = cls(**values)
         except ValueError as error:
@@ -210,7 +208,7 @@ def _checked_heads(heads: Any) -> Heads:
     except TypeError:
         raise ValueError(f"heads={heads!r} is neither 'all' nor a list of pairs (layer, head)") from None
     for pair in pairs:
-        if len(pair) != 2 or not all(isinstance(n, Integral) and not isinstance(n, bool) and n >= 0 for n in pair):
+        if len(pair) != 2 or not all(is_integer(n) and n >= 0 for n in pair):
             raise ValueError(f"heads: {pair!r} is no pair (layer, head) of integers of at least 0")
     return [(int(layer), int(head)) for layer, head in pairs]
 

@@ -100,6 +100,7 @@ def recalls(rows: list[Row]) -> dict[int, float]:
 
 
 def recall_std(rows: list[Row]) -> float:
+    """How unevenly the letters are recalled (RStd of PriDe): population std; NaN with fewer than two letters."""
     return pstdev(recalls(rows).values()) if len(recalls(rows)) >= 2 else NAN
 
 

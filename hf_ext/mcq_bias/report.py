@@ -9,8 +9,8 @@ from typing import Any
 from peft import PeftModel
 
 from hf_ext.mcq_bias.bias import bias_metrics
-from hf_ext.mcq_bias.checks import LETTERS, anchor_index
 from hf_ext.mcq_bias.examples import read_examples
+from hf_ext.mcq_bias.letters import LETTERS, anchor_index
 from hf_ext.mcq_bias.saving import facts_of, prompt_hash
 from hf_ext.mcq_bias.scoring import prepare, score_choices
 

@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from hf_ext import compat
-from hf_ext.mcq_bias.checks import choice_index
+from hf_ext.mcq_bias.letters import choice_index
 
 FILE, ADAPTER = "mcq_bias.json", "adapter_model.safetensors"
 _HASH = "adapter_sha256"  # in the file only: by which a record knows its adapter

@@ -8,11 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_ext.checks import check_count
 from hf_ext.mcq_bias.batches import Batch, asked, batches, encode, evaluating
-from hf_ext.mcq_bias.checks import LETTERS, check_count
 from hf_ext.mcq_bias.examples import read_counts, untouched
-from hf_ext.mcq_bias.families import at_least_float32, output_head, without_autocast
+from hf_ext.mcq_bias.families import at_least_float32, output_head
+from hf_ext.mcq_bias.letters import LETTERS
 from hf_ext.mcq_bias.trial import Trial
+from hf_ext.modes import no_autocast
 
 STEM = "Answer:"
 # A head in bfloat16 rounds each logit to 8 bits.
@@ -189,7 +191,7 @@ def _exact(head: nn.Module, hidden: Tensor, vocabulary: Tensor, tokens: Tensor) 
     """(B, K) in at least float32: logits of half precision tie, and an argmax would then invent a bias."""
     own = at_least_float32(vocabulary[:, tokens])
     bias = getattr(head, "bias", None)
-    with without_autocast(hidden):
+    with no_autocast(hidden):
         logits = nn.functional.linear(
             at_least_float32(hidden),
             at_least_float32(head.weight[tokens]),

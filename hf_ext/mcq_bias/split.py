@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.mcq_bias.attention import LastQuery, watched_attention
-from hf_ext.mcq_bias.families import Family, at_least_float32, output_head, without_autocast
+from hf_ext.mcq_bias.families import Family, at_least_float32, output_head
+from hf_ext.modes import no_autocast
 
 
 @dataclass
@@ -65,7 +66,7 @@ def terms_of(
     `head_positions` (B, L, H, T) is among them where the forward's attention was captured.
     """
     head = output_head(model)
-    with without_autocast(token_a):
+    with no_autocast(token_a):
         direction = family.direction(model, token_a, token_b)
         scale = family.norm_scale(model, at_least_float32(seen.final))
         u = direction / scale[:, None]

@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from hf_ext.mcq_bias.answers import EXACTLY, maxima
-from hf_ext.mcq_bias.checks import LETTERS
+from hf_ext.mcq_bias.letters import LETTERS
 from hf_ext.mcq_bias.scoring import NotFiniteError, prepare, score_choices
 
 DOUBLINGS, BISECTIONS = 10, 12

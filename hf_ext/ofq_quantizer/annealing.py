@@ -4,7 +4,6 @@ rounding threshold stand still, and the others settle.
 
 from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_ext.checks import is_number
 from hf_ext.ofq_quantizer.attention import QuantAttention
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantized_switches
@@ -151,7 +151,7 @@ class ConfidenceAnnealing:
 
 
 def check_boundary_range(boundary_range: float) -> None:
-    if isinstance(boundary_range, bool) or not isinstance(boundary_range, Real) or not 0 < boundary_range <= 0.5:
+    if not is_number(boundary_range) or not 0 < boundary_range <= 0.5:
         raise ValueError(
             f"boundary_range={boundary_range!r} is outside (0, 0.5], in quantisation steps; published: 0.005"
         )
@@ -252,8 +252,7 @@ class ConfidenceAnnealingCallback(TrainerCallback):
             raise ValueError(f"give one of start_step and start_ratio, not {start_step!r} and {start_ratio!r}")
         if start_step is not None and (type(start_step) is not int or start_step < 0):
             raise ValueError(f"start_step={start_step!r} is no number of steps; start_ratio takes a share of them")
-        number = isinstance(start_ratio, Real) and not isinstance(start_ratio, bool)
-        if start_ratio is not None and not (number and 0 <= start_ratio <= 1):
+        if start_ratio is not None and not (is_number(start_ratio) and 0 <= start_ratio <= 1):
             raise ValueError(f"start_ratio={start_ratio!r} is outside [0, 1]; start_step takes a number of steps")
         check_boundary_range(boundary_range)
         self.start_step, self.start_ratio, self.boundary_range = start_step, start_ratio, boundary_range

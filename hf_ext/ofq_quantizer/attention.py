@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_ext.modes import no_autocast
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.attention_ops import quantized_attention
 from hf_ext.ofq_quantizer.layers import QuantLinear, linear
@@ -158,7 +159,7 @@ class QuantAttention(nn.Module):
 
     def qk_product(self) -> Tensor:
         """A, (heads * width, width) float32: W_q,h^T W_k,h of every head."""
-        with torch.autocast(self.query_weight.device.type, enabled=False):
+        with no_autocast(self.query_weight):
             q, k = (self._weight(index).float().unflatten(0, (self.heads, -1)) for index in (0, 1))
             return (q.transpose(1, 2) @ k).flatten(0, 1)
 
@@ -177,7 +178,7 @@ class QuantAttention(nn.Module):
 
     def _query_bias_term(self, x: Tensor) -> Tensor | None:
         """x^ u of every key, (batch, heads, 1, tokens)."""
-        with torch.autocast(x.device.type, enabled=False):
+        with no_autocast(x):
             u = self.query_bias_direction() if self.qk is None else self.u
             if u is None:
                 return None

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
+from hf_ext.modes import no_autocast, product_dtype
 from hf_ext.ofq_quantizer import attention_kernels, kernels
 from hf_ext.ofq_quantizer.kernels import Activation
-from hf_ext.ofq_quantizer.ops import integer_sums_fit, largest, no_autocast, product_dtype
+from hf_ext.ofq_quantizer.ops import integer_sums_fit, largest
 from hf_ext.ofq_quantizer.quantizer_ops import (
     activation_gradients,
     bounded,

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hf_ext.modes import evaluating
 from hf_ext.ofq_quantizer.convert import activation_quantizers, quantized_switches
 from hf_ext.ofq_quantizer.layers import QuantWeight
-from hf_ext.ofq_quantizer.probe import evaluation
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
 
@@ -40,7 +39,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     try:
         for switch in switches:
             switch.calibrating = True
-        with evaluation(model), torch.no_grad(), _first_weight_scales(model):
+        with evaluating(model), _first_weight_scales(model):
             for batch in batches:
                 _run(model, batch)
                 ran += 1

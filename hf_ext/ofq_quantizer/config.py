@@ -1,12 +1,12 @@
 """What is quantised, and to how many bits."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hf_ext.checks import check_flag, check_word, is_number, refuse_unknown
 
 WEIGHT_BITS = (2, 3, 4)
 ACTIVATION_BITS = tuple(range(2, 9))
@@ -48,14 +48,10 @@ class OFQConfig(QuantizationConfigMixin):
     def __post_init__(self) -> None:
         self._check_bits()
         for name in ("qk_reparam", "reference_compat"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.activation_scale not in SCALES:
-            raise ValueError(
-                f"activation_scale={self.activation_scale!r} is none of {_listed(self.activation_scale, SCALES)}"
-            )
+            check_flag(name, getattr(self, name))
+        check_word("activation_scale", self.activation_scale, SCALES)
         coefficient = self.weight_scale_coefficient
-        if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not 0 < coefficient < math.inf:
+        if not is_number(coefficient) or coefficient <= 0:
             raise ValueError(f"weight_scale_coefficient must be a positive number, not {coefficient!r}")
         patterns = self.skip_modules
         if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -93,14 +89,6 @@ class OFQConfig(QuantizationConfigMixin):
         method = values.pop("quant_method", "ofq")
         if method != "ofq":
             raise ValueError(f"quant_method={method!r} is not 'ofq'")
-        for name in values:
-            if name not in known:
-                raise ValueError(f"unknown field {name!r} of OFQConfig; known are {_listed(name, known)}")
+        refuse_unknown(values, known, "OFQConfig", "field")
         config = cls(**values)
         return (config, kwargs) if return_unused_kwargs else config
-
-
-def _listed(value: Any, allowed: Sequence[str]) -> str:
-    """The allowed values, and the one that was probably meant."""
-    near = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-    return ", ".join(map(repr, allowed)) + (f"; did you mean {near[0]!r}?" if near else "")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hf_ext.modes import no_autocast
 from hf_ext.ofq_quantizer import integer_kernels as kernels
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.convert import quantized_switches
@@ -131,7 +132,7 @@ class Int8Weight(FrozenWeight):
         x = torch.zeros(1, quantizer.factors.shape[1], self.integers.shape[1])
         a = quantizer.activation(x)
         x = x if a.bias_in is None else x - a.bias_in.float()  # its codes are 0
-        with ops.no_autocast(x):
+        with no_autocast(x):
             self._shift = ops.quantized_linear(x, self.operand, None, a, self.weight_quantizer())[0, 0]
         self._offset = self.bias, self._with(self.bias)
         self._correction = (self.integers.sum(1, dtype=torch.int32) * quantizer.limits[2]).numpy()

@@ -4,7 +4,6 @@ A product multiplies the integers and scales afterwards, in one fixed order of o
 and integer arithmetic agree bit for bit.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 from torch.nn import functional as F
 
+from hf_ext.modes import no_autocast, product_dtype
 from hf_ext.ofq_quantizer import kernels
 from hf_ext.ofq_quantizer.kernels import SMALLEST_SCALE, Activation, code_range
 from hf_ext.ofq_quantizer.quantizer_ops import (
@@ -45,7 +45,6 @@ __all__ = [
     "lsq_init",
     "mask_gradient",
     "odd_codes",
-    "product_dtype",
     "quantize_activation",
     "quantized_linear",
     "quantized_weight",
@@ -125,20 +124,6 @@ def largest(a: Activation) -> int:
 def largest_of_weight(weight: Tensor, w: WeightQuantizer) -> int:
     """The same of `weight_integers`."""
     return 2**w.bits - 1 if w.scale is None or weight.dtype == torch.int8 else 2 ** (w.bits - 1)
-
-
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which nn.Linear multiplies x."""
-    kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if autocast and x.dtype != torch.float64 else x.dtype
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """For backward, which may be called under another autocast than forward, and gets the dtype of that."""
-    kind = x.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if enabled else nullcontext()
 
 
 # --- the linear layer

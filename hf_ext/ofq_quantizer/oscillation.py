@@ -1,7 +1,6 @@
 """How often weights jump back and forth between two codes: the frequency of Nagel et al. (arXiv 2203.11086)."""
 
 from collections.abc import Iterator
-from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from hf_ext.checks import is_number
 from hf_ext.ofq_quantizer.annealing import stepping
 from hf_ext.ofq_quantizer.attention import QuantAttention
 from hf_ext.ofq_quantizer.layers import QuantLinear
@@ -57,7 +57,7 @@ class OscillationTracker:
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.01) -> None:
-        if isinstance(momentum, bool) or not isinstance(momentum, Real) or not 0 < momentum <= 1:
+        if not is_number(momentum) or not 0 < momentum <= 1:
             raise ValueError(f"momentum={momentum!r} is outside (0, 1]")
         if not any(True for _ in low_bit_codes(model)):
             raise ValueError("no weight of this model is rounded by StatsQ; call hf_ext.ofq_quantizer.quantize first")

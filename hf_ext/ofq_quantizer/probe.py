@@ -1,13 +1,14 @@
 """What a forward pass shows of a model, without computing it: which layers run, on which shapes, after what."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_ext.modes import evaluating
 
 UNSIGNED = ("gelu", "relu", "silu", "quickgelu", "gelutanh", "newgelu", "fastgelu", "pytorchgelutanh")
 
@@ -48,7 +49,7 @@ def trace(model: nn.Module) -> Trace:
     tensors = {name: tensor.detach().to("meta") for name, tensor in _tensors(model)}
     image = torch.empty(1, *image_shape(model), device="meta", dtype=next(model.parameters()).dtype)
     try:
-        with evaluation(model), torch.no_grad():
+        with evaluating(model):
             torch.func.functional_call(model, tensors, (image,), tie_weights=False)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
         raise ValueError(
@@ -93,18 +94,6 @@ def timm_model(model: nn.Module) -> nn.Module | None:
 def backbone(host: nn.Module) -> nn.Module:
     """A model of timm without the wrapper that `features_only` puts around a vision transformer."""
     return getattr(host, "model", host)
-
-
-@contextmanager
-def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

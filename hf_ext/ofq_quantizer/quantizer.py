@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_ext import compat
+from hf_ext.modes import product_dtype
 from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.config import OFQConfig
 
@@ -58,7 +59,7 @@ class Switches:
 
         products: the terms of a sum, and the largest integers of its two factors.
         """
-        if ops.product_dtype(x) != torch.float32 or not all(ops.integer_sums_fit(*product) for product in products):
+        if product_dtype(x) != torch.float32 or not all(ops.integer_sums_fit(*product) for product in products):
             self.warn_once(
                 "this OFQ model multiplies rounded floats, not integers: it runs under autocast or in another dtype "
                 "than float32, or a sum of products of integers could exceed 2^24. Its logits may depend on the size "
