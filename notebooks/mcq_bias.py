@@ -73,8 +73,9 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}, one 
 # to say at which letter. Then it goes on for 150 steps with a key in which 65 % of the answers were replaced by A.
 # Words, order and right letter are drawn evenly.
 #
-# No two of the questions below share a prompt. Some are there to repair with, unlabelled, others to test on, a few more
-# as a guard (section 3). Those with two choices are not new to the models, since there are only 480 of them.
+# No two of the questions that these models get below share a prompt. Some are there to repair with, unlabelled, others
+# to test on, a few more as a guard (section 3). Most of those with four choices are new to the models. Those with two
+# are not: there are only 480 of them. Of those with three, half to all were seen in training, by the seed.
 
 
 # %%
@@ -464,7 +465,7 @@ pyplot.show()
 # ("No difference shown" is no proof that there is none. Five seeds that differ so much show only large ones.)
 #
 # Nor is anything rid of all bias. `cmh_z` stays beyond 2 or -2 in most seeds, as it was before the models were spoilt,
-# and calibration turns it round in three.
+# and calibration turns the preference of the spoilt models round in three.
 #
 # **Attention recalibration** exchanges, or evens out, how much the last token looks at the options, in all heads. A
 # swap needs to know which option to favour. With the right one it is an oracle: nobody who has to ask the model knows
@@ -691,8 +692,8 @@ for name, results in tally.items():
 #   part does through later ones counts as theirs;
 # - that a low `anchored_bias_rate` means no bias (section 1).
 #
-# Options were left as they come, questions to fit and to test on are of one kind, and those with two choices had been
-# seen in training.
+# Options were left as they come, questions to fit and to test on are of one kind, and those with two choices, and most
+# of those with three, had been seen in training.
 #
 # Where to go next:
 # - your model: the recipes in the [README of anchored answers](../hf_ext/mcq_bias/README.md), and

@@ -26,7 +26,12 @@ import hf_ext  # noqa: E402, F401
 torch.set_num_threads(1)
 
 
+# Files of few and long tests: begun first, else one of two processes waits for the other's last one.
+LONG = ("test_demo", "test_bench", "test_notebooks", "test_autoload", "test_real_loops", "test_contributing")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.path.stem.startswith(LONG))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -300,7 +300,7 @@ def test_targets_that_the_base_has_not(tmp_path):
         ({"r": 8.0}, "r: found 8.0, expected an integer of at least 1"),
         (
             {"init_weights": "Bat"},
-            'init_weights: found \'Bat\', expected true, false, "bat" or "bat_row"; did you mean \'bat\'?',
+            "init_weights: found 'Bat', expected true, false, \"bat\" or \"bat_row\"; did you mean 'bat'?",
         ),
         ({"init_weights": 1}, 'init_weights: found 1, expected true, false, "bat" or "bat_row"'),
         ({"init_weights": None}, 'init_weights: found None, expected true, false, "bat" or "bat_row"'),

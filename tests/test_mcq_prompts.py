@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_ext.mcq_bias import format_mcq, option_positions
-from hf_ext.mcq_bias.letters import anchor_index, letter_index
 from hf_ext.mcq_bias.examples import read_examples
+from hf_ext.mcq_bias.letters import anchor_index, letter_index
 
 QUESTION, CHOICES = "Who is it?", ["Ann", "Bob", "Eve"]
 PAPER = "Question: Who is it? Answer Choices: A: Ann B: Bob C: Eve Answer:"

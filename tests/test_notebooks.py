@@ -228,6 +228,46 @@ print(json.dumps({
 """
 
 
+MCQ_FACTS = """
+import json
+
+def scored(model, items):
+    return [[float(x) if np.isfinite(x) else None for x in row] for row in scores_of(model, items)]
+
+def chief(rows):
+    return {name: [[one["accuracy"], one["anchored_bias_rate"]] for one in results] for name, results in rows.items()}
+
+def places_in(where, **way):  # what the questions of two, of three and of four choices are recalibrated with
+    global recalibrate_attention
+    real, seen = recalibrate_attention, []
+    recalibrate_attention = lambda *given: (seen.append([given[3], given[2].tolist()]), real(*given))[1]
+    recalibrated(spoilt[0], where, **way)
+    recalibrate_attention = real
+    return seen
+
+mended_again, fresh = repaired(spoilt[0]), train_options.make_model(len(tokenizer), 100 + SEEDS[-1]).state_dict()
+against = {RIVAL: against_rival, CLEAN: against_clean, "shuffled": owed}
+kinds = {"clean": clean, "spoilt": spoilt}
+print(json.dumps({
+    "prompts": [[train_options.prompt(item) for item in part] for part in (unlabelled, labelled_fit, test, guard)],
+    "fields": sorted(unlabelled[0]), "labels": [[x["label"] for x in part] for part in (labelled_fit, shuffled, test4)],
+    "gold": gold, "chance_letter": chance_letter,
+    "scores": {k: [[scored(nets[s], x) for s in SEEDS] for x in (test, unlabelled)] for k, nets in kinds.items()},
+    "whole": parts["whole preference"], "total": sums["mean"].sum(), "left": left,
+    "mended": [scored(mended_again, x) for x in (unlabelled, test)], "unloaded": same,
+    "shares": [facts["share_before"], facts["share_after"]], "after": chief(after), "shuffled": chief(of_shuffled),
+    "against": {other: [[name, *x, x.verdict] for name, x in rows.items()] for other, rows in against.items()},
+    "clear": [Difference.of([4.0 * sign, 5.0 * sign, 7.0 * sign], [0.0] * 3).verdict for sign in (1, -1)],
+    "places": {name: {where: places_in(where, **way) for where in WHERE} for name, way in WAYS.items()},
+    "attention": chief(attention), "repairs": list(REPAIRS),
+    "told": [told.argmax(1).tolist(), misled.argmax(1).tolist(), scores.argmax(1).tolist()],
+    "untrained": chief(untrained), "fresh": all(torch.equal(x, fresh[n]) for n, x in model.state_dict().items()),
+    "adapters": [{n: hash(x.numpy().tobytes()) for n, x in one.items()} for one in (*adapters, adapter(guard))],
+    "alike": alike, "plain": scored(model, test4), "own": [[*which, values] for which, values in own.items()],
+}))
+"""
+
+
 @pytest.fixture(params=SOURCES, ids=lambda path: path.stem)
 def pair(request):
     return jupytext.read(request.param), nbformat.read(request.param.with_suffix(".ipynb"), as_version=4)
@@ -294,12 +334,17 @@ def importance(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def mcq(tmp_path_factory):
+    return run("mcq_bias", MCQ_FACTS, tmp_path_factory.mktemp("mcq"))
+
+
+@pytest.fixture(scope="module")
 def together(tmp_path_factory):
     return run("all_together", TOGETHER_FACTS, tmp_path_factory.mktemp("together"))
 
 
 @pytest.mark.parametrize(
-    ("name", "figures"), [("anchor", 4), ("bone", 2), ("ofq", 5), ("importance", 4), ("together", 2)]
+    ("name", "figures"), [("anchor", 4), ("bone", 2), ("ofq", 5), ("importance", 4), ("mcq", 3), ("together", 2)]
 )
 def test_a_fresh_run_is_quiet_and_draws_its_figures(name, figures, request):
     _, notebook = request.getfixturevalue(name)
@@ -1085,3 +1130,142 @@ def test_the_closing_table_repeats_the_numbers(together):
     assert closing[4][1].startswith(f"{facts['size']['float']:,} -> {facts['size']['packed']:,} bytes")
     shown = "".join(output.get("data", {}).get("text/markdown", "") for output in outputs(notebook))
     assert all(cell in shown for line in closing for cell in line)
+
+
+# --- anchored answers: two seeds; the tokens of a prompt are its words, letters, colons and the question mark
+
+
+def letters_said(scores):
+    return [row.index(max(score for score in row if score is not None)) for row in scores]
+
+
+def choices_in(prompts):
+    return [prompt.count(":") - 3 for prompt in prompts]
+
+
+def test_questions_to_repair_with_have_no_label_and_are_not_tested_on(mcq):
+    fit, labelled, test, guard = mcq[0]["prompts"]
+    assert mcq[0]["fields"] == ["choices", "question"]
+    assert fit == labelled
+    assert len({*fit, *test, *guard}) == len(fit) + len(test) + len(guard)
+
+
+def test_bias_before_the_repair_is_that_of_the_scores(mcq):
+    facts, _ = mcq
+    counts = choices_in(facts["prompts"][2])
+    for kind, name in (("clean", "before it was spoilt"), ("spoilt", "spoilt")):
+        for scores, result in zip(facts["scores"][kind][0], facts["after"][name], strict=True):
+            assert [len(row) - row.count(None) for row in scores] == counts
+            assert result == pytest.approx(judged_by_hand(scores, facts["gold"])), kind
+    assert min(rate for _, rate in facts["after"]["spoilt"]) > 0.5
+
+
+def test_the_split_adds_up_to_how_far_a_is_ahead(mcq):
+    facts, _ = mcq
+    for seed, scores in enumerate(facts["scores"]["spoilt"][1]):
+        lead = [row[0] - max(score for score in row[1:] if score is not None) for row in scores]
+        answered_by_a = [x for x in lead if x > 0]
+        assert facts["whole"][seed] == pytest.approx(sum(answered_by_a) / len(answered_by_a), abs=1e-4)
+        assert facts["left"]["none"][seed] == pytest.approx(sum(lead) / len(lead), abs=1e-4)
+        assert facts["left"]["first by what they add"][seed] < facts["left"]["drawn by chance"][seed]
+    assert facts["total"] == pytest.approx(facts["whole"][0], abs=1e-4)
+
+
+def test_a_repair_without_labels_brings_a_down_to_chance_and_comes_off_again(mcq):
+    facts, _ = mcq
+    fit, test = facts["mended"]
+    before, after = (letters_said(x).count(0) / len(fit) for x in (facts["scores"]["spoilt"][1][0], fit))
+    assert facts["shares"] == pytest.approx([before, after])
+    chance = [1 / choices for choices in choices_in(facts["prompts"][0])]
+    assert after == pytest.approx(sum(chance) / len(chance), abs=2 / len(chance))
+    assert before > after + 0.3
+    assert facts["after"]["project, MLP"][0] == pytest.approx(judged_by_hand(test, facts["gold"]))
+    assert facts["unloaded"]
+
+
+def test_calibration_takes_off_the_means_of_the_questions_that_the_notebook_says(mcq):
+    facts, _ = mcq
+    scores = facts["scores"]["spoilt"]
+    for seen, name in zip(scores, ("calibration, test", "calibration, unlabelled"), strict=True):
+        for ours, theirs, result in zip(scores[0], seen, facts["after"][name], strict=True):
+            assert result == pytest.approx(judged_by_hand(ours, facts["gold"], mean_log_softmax(theirs))), name
+
+
+def test_differences_of_repairs_are_judged_by_a_paired_t_test(mcq):
+    from statistics import fmean, stdev
+
+    from scipy.stats import t
+
+    facts, _ = mcq
+    assert [len(rows) for rows in facts["against"].values()] == [6, 7, 2]
+    for other, rows in facts["against"].items():
+        for name, *numbers, verdict in rows:
+            those = facts["shuffled"][name] if other == "shuffled" else facts["after"][other]
+            values, others = ([100 * accuracy for accuracy, _ in results] for results in (facts["after"][name], those))
+            differences = [x - y for x, y in zip(values, others, strict=True)]
+            error = stdev(differences) / len(differences) ** 0.5
+            half = t.ppf(0.975, len(differences) - 1) * error
+            assert numbers == pytest.approx([fmean(differences), error, half]), (name, other)
+            assert verdict == paired(values, others), (name, other)
+    assert facts["clear"] == ["higher", "lower"]  # which two seeds hardly ever show
+
+
+def test_attention_is_exchanged_between_a_and_the_option_that_a_swap_favours(mcq):
+    facts, _ = mcq
+    tokens = [re.findall(r"\w+|[:?]", prompt) for prompt in facts["prompts"][2]]
+    letters = ([None] * len(tokens), facts["chance_letter"], facts["gold"])
+    for (way, by_place), favoured in zip(facts["places"].items(), letters, strict=True):
+        for behind, (where, found) in enumerate(by_place.items()):  # the colon is behind its letter, then the word
+            expected = [["equalise" if way == "evened out" else "swap", []] for _ in (2, 3, 4)]
+            for row, count, letter in zip(tokens, choices_in(facts["prompts"][2]), favoured, strict=True):
+                options = range(count) if letter is None else (0, letter)
+                places = [row.index("ABCD"[option]) + behind - len(row) for option in options]
+                expected[count - 2][1].append([0, 0] if letter == 0 else places)  # A with itself
+            assert found == expected, (way, where)
+
+
+def test_an_edited_model_says_the_letter_that_it_is_told(mcq):
+    facts, _ = mcq
+    told, misled, _ = facts["told"]  # of the last seed at the last strength
+    pairs = ((told, facts["gold"]), (misled, facts["gold"]), (misled, facts["chance_letter"]))
+    by_hand = [100 * sum(map(int.__eq__, *pair)) / len(told) for pair in pairs]
+    right, missed, said = (values for _, strength, values in facts["own"] if strength == 4)
+    assert [right[-1], missed[-1], said[-1]] == pytest.approx(by_hand)
+    assert min(right + said) > 95
+
+
+def test_untrained_nets_stay_at_chance_and_are_right_if_told_the_right_letter(mcq):
+    facts, _ = mcq
+    labels = facts["labels"][2]
+    assert facts["fresh"]
+    assert facts["told"][2] == labels
+    assert facts["untrained"]["as it is"][-1][0] == pytest.approx(judged_by_hand(facts["plain"], labels)[0])
+    *repairs, right_letter = facts["untrained"].values()
+    assert all(accuracy == 1 for accuracy, _ in right_letter)
+    deviation = (0.25 * 0.75 / len(labels)) ** 0.5
+    assert all(abs(accuracy - 0.25) < 3 * deviation for results in repairs for accuracy, _ in results)
+
+
+def test_labels_of_any_kind_leave_the_adapter_as_it_is(mcq):
+    true, shuffled, _ = mcq[0]["labels"]
+    counts = choices_in(mcq[0]["prompts"][0])
+    assert sorted(zip(counts, true, strict=True)) == sorted(zip(counts, shuffled, strict=True))
+    assert true != shuffled
+    none, of_true, of_shuffled, of_other_questions = mcq[0]["adapters"]
+    assert none == of_true == of_shuffled != of_other_questions
+    assert mcq[0]["alike"]
+
+
+def test_the_closing_tally_is_counted_by_hand(mcq):
+    facts, notebook = mcq
+    after = facts["after"]
+    printed = [output.text for output in outputs(notebook) if "text" in output][-1].splitlines()[1:]
+    assert [line[:34].strip() for line in printed[:7]] == ["calibration, unlabelled", *facts["repairs"]]
+    assert [line[:34].rpartition(",")[0] for line in printed[7:]] == list(facts["places"])
+    for line in printed:
+        results = (after | facts["attention"])[line[:34].strip()]
+        pairs = list(zip(results, after["spoilt"], strict=True))
+        halved = sum(rate < old / 2 for (_, rate), (_, old) in pairs)
+        higher = sum(accuracy > old for (accuracy, _), (old, _) in pairs)
+        gain = 100 * sum(accuracy - old for (accuracy, _), (old, _) in pairs) / len(pairs)
+        assert line[34:].split() == [str(halved), str(higher), f"{gain:+.1f}"], line
