@@ -4,16 +4,17 @@ import copy
 import json
 from pathlib import Path
 
-import mcq_toy
 import pytest
-import torch
-from mcq_toy import learn_to_copy, learn_to_say_a, load_toy, make_items, new_model, toy_tokenizer
+from mcq_models import word_tokenizer
+from safetensors import safe_open
+from safetensors.torch import load_file
 
+from hf_ext.demo.train_options import WORDS, learn, make_items, make_model, make_tokenizer, spoil
 from hf_ext.mcq_bias import attribute, bias_metrics, format_mcq, mitigate, mitigation_report, score_choices
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "mcq_bias"
-TOKENIZER = toy_tokenizer()
-SEED = 2  # learns in 400 steps; others take up to 1300
+TOKENIZER = make_tokenizer()
+SEED, STEPS = 2, 1500  # learns in 500 of them; other seeds take longer
 DEV, HELD_OUT = make_items(300, seed=1), make_items(500, seed=2)
 GUARD = [item for item in make_items(200, seed=3) if item not in DEV]
 pytestmark = pytest.mark.filterwarnings("ignore:.*prompts occurred in the fit", "ignore:`is_gradient_checkpointing`")
@@ -21,15 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*prompts occurred in the fit", 
 
 @pytest.fixture(scope="module")
 def clean():
-    model = new_model(SEED)
-    assert learn_to_copy(model, SEED) < mcq_toy.MOST_STEPS
-    return model
+    model, seen = make_model(len(TOKENIZER), SEED), []
+    learn(model, TOKENIZER, SEED, STEPS, seen.append)
+    assert len(seen) < STEPS
+    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def trained_to_say_a(clean):
     model = copy.deepcopy(clean)
-    learn_to_say_a(model, SEED)
+    spoil(model, TOKENIZER, SEED, steps=150, share=0.65)
     return model
 
 
@@ -44,17 +46,6 @@ def measured(model, items=HELD_OUT, tokenizer=TOKENIZER):
     scores = score_choices(model, tokenizer, prompts, choices, batch_size=100, progress=False)
     labels = [item["label"] for item in items]
     return bias_metrics(scores.scores, labels, num_choices=scores.num_choices, n_resamples=0)
-
-
-def test_batches_are_what_the_tokenizer_makes_of_the_items():
-    generator = torch.Generator().manual_seed(0)
-    for k in (2, 3, 4):
-        prompts, labels = mcq_toy._batch(k, generator)
-        for ids, label in zip(prompts[:5], labels[:5], strict=True):
-            words = [mcq_toy.VOCABULARY[token] for token in ids if mcq_toy.VOCABULARY[token] in mcq_toy.WORDS]
-            text = format_mcq(f"{words[0]}?", words[1:])
-            assert TOKENIZER(text)["input_ids"] == ids.tolist()
-            assert (len(words), words[1 + label]) == (k + 1, words[0])
 
 
 def test_training_makes_what_it_should(clean, biased):
@@ -110,7 +101,7 @@ def test_clean_model_has_nothing_for_the_papers_method(clean):
 def test_untrained_net_stays_at_chance(method, strength):
     """An edit that reads the labels of what it is scored on would answer everything."""
     chance = sum(1 / len(item["choices"]) for item in HELD_OUT) / len(HELD_OUT)
-    model = new_model(seed=5)
+    model = make_model(len(TOKENIZER), 5).eval()
     letter = max("ABCD", key=lambda letter: measured(model)[f"choice_share_{letter}"])
     assert letter in "AB", "choose another seed: the anchor has to be a choice of every item"
     pm = mitigate(model, TOKENIZER, DEV, method=method, anchor=letter, strength=strength, progress=False)
@@ -132,19 +123,31 @@ FACTS = json.loads((GOLDEN / "toy.json").read_text()) if GOLDEN.is_dir() else {}
 needs_reference = pytest.mark.skipif(not GOLDEN.is_dir(), reason="no reference data")
 
 
+def reference_toy(name, count, seed):
+    """(model, tokenizer, items) with the words of a toy of three layers, which are in the file's metadata."""
+    file = GOLDEN / f"{name}.safetensors"
+    with safe_open(file, "pt") as opened:
+        vocabulary, words = (json.loads(opened.metadata()[key]) for key in ("vocab", "words"))
+    model = make_model(len(vocabulary), 0).eval()
+    model.load_state_dict(load_file(file), strict=False)
+    its = {f"{ours}{end}": f"{word}{end}" for ours, word in zip(WORDS, words, strict=True) for end in ("", "?")}
+    items = make_items(count, seed)
+    items = [x | {"question": its[x["question"]], "choices": [its[choice] for choice in x["choices"]]} for x in items]
+    return model, word_tokenizer(vocabulary), items
+
+
 @needs_reference
 @pytest.mark.parametrize("name", ["toy_clean", "toy_biased"])
 def test_reference_toy_measures_as_written(name):
-    model, tokenizer, words = load_toy(GOLDEN / f"{name}.safetensors")
-    metrics = measured(model, make_items(1000, 9, words), tokenizer)
+    model, tokenizer, items = reference_toy(name, 1000, seed=9)
+    metrics = measured(model, items, tokenizer)
     for what in ("accuracy", "anchored_bias_rate"):
         assert metrics[what] == pytest.approx(FACTS[name][what], abs=FACTS["tolerance"])
 
 
 @needs_reference
 def test_reference_toy_is_repaired():
-    model, tokenizer, words = load_toy(GOLDEN / "toy_biased.safetensors")
-    items = make_items(800, 4, words)
+    model, tokenizer, items = reference_toy("toy_biased", 800, seed=4)
     pm = mitigate(model, tokenizer, items[:300], progress=False)
     report = mitigation_report(pm, tokenizer, items[300:], progress=False)
     assert report.before["anchored_bias_rate"] - report.after["anchored_bias_rate"] >= 0.8
