@@ -187,7 +187,7 @@ def test_unknown_benchmark():
     done = bench("anchr")
     assert done.exit_code == 2
     assert "there is no benchmark 'anchr'" in done.output
-    assert "Did you mean 'anchor'?" in done.output
+    assert "; did you mean 'anchor'?" in done.output
 
 
 def test_ratio_is_the_median_of_the_pairs(monkeypatch):

@@ -46,7 +46,7 @@ print(sys.modules["hf_ext._autoload"].CPU_SECONDS["{module}"])
 
 def rows(quick: bool = False) -> Iterator[Row]:
     """Least CPU seconds of several fresh processes, those with and without the hook in turn."""
-    repeats = 3 if quick else 7
+    repeats = 1 if quick else 7
     with tempfile.TemporaryDirectory() as bytecode:  # compiled once, as in an installed package
         run = partial(_seconds, bytecode)
         run(_HOOK)
