@@ -4,9 +4,9 @@ Every operation is that of the quantised model, in the same order; the sums of p
 float32, are taken in int32.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, cached_property, wraps
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -219,9 +219,10 @@ def integer_attention(
     kernels.quantize_probabilities(logits.numpy(), probs.factors, *probs.limits[1:], p.numpy(), sums)
     v_codes = values.codes(v)
     acc = torch.empty(v.shape, dtype=torch.int32)
-    for one, other, result in zip(*map(_heads, (p, v_codes, acc)), strict=True):
-        multiply(one, other, values.bits, result)
-    correction = v_codes.numpy().sum(2, dtype=np.int32) * np.int32(probs.limits[2])
+    multiply_heads(p, v_codes, values.bits, acc)
+    correction = np.zeros((batch, heads, width), np.int32)
+    if probs.limits[2]:
+        kernels.add_tokens(v_codes.numpy(), probs.limits[2], correction)
     out = torch.empty(batch, tokens, heads, width)
     arrays = correction, values.factors, values.shift_after(width), sums, probs.factors
     kernels.rescale_values(acc.numpy(), *arrays, out.numpy())
@@ -234,9 +235,7 @@ def _logits(
     """(B, h, N, N) float32 from codes q (B, h or 1, N, d) and k (B, h, N, d)."""
     batch, heads, tokens, width = k.shape
     acc = torch.empty(batch, heads, tokens, tokens, dtype=torch.int32)
-    parts = q.expand(batch, heads, tokens, width), k.transpose(2, 3), acc
-    for one, other, result in zip(*map(_heads, parts), strict=True):
-        multiply(one, other, right.bits, result)
+    multiply_heads(q, k.transpose(2, 3), right.bits, acc)
     shift = np.zeros((batch, heads, tokens), np.float32)
     if left.bias_out is not None:
         kernels.dots(k.numpy(), left.shift_after(width), shift)
@@ -251,9 +250,12 @@ def _logits(
     return acc.view(torch.float32)
 
 
-def _heads(x: Tensor) -> Iterator[Tensor]:
-    """Every (N, M) of x (B, h, N, M)."""
-    return chain.from_iterable(image.unbind() for image in x.unbind())
+def multiply_heads(left: Tensor, right: Tensor, bits: int, out: Tensor) -> None:
+    """`multiply` for every head: (B, h or 1, n, k) times (B, h, k, m) into (B, h, n, m)."""
+    heads = out.shape[1] // left.shape[1]
+    lefts = chain.from_iterable(repeat(one, heads) for one in left.flatten(0, 1).unbind())
+    for one, other, result in zip(lefts, right.flatten(0, 1).unbind(), out.flatten(0, 1).unbind(), strict=True):
+        multiply(one, other, bits, result)
 
 
 def multiply(left: Tensor, right: Tensor, bits: int, out: Tensor) -> None:

@@ -91,6 +91,22 @@ def quantize_probabilities(probs, scale, high, zero, codes, sums) -> None:
 
 
 @compiled
+def add_tokens(codes, times, sums) -> None:
+    """sums int32 (B, H, D) plus `times` codes int8 (B, H, N, D)."""
+    batch, heads, tokens, width = codes.shape
+    total = np.empty(width, np.int32)
+    for b in range(batch):
+        for h in range(heads):
+            total[:] = 0
+            for n in range(tokens):
+                row = codes[b, h, n]
+                for c in range(width):
+                    total[c] += np.int32(row[c])
+            for c in range(width):
+                sums[b, h, c] += total[c] * np.int32(times)
+
+
+@compiled
 def dots(codes, vector, out) -> None:
     """Products of codes int8 (B, H, N, D) and vector (H, D) -> (B, H, N), summed in float64 and rounded once."""
     batch, heads, tokens, width = codes.shape
