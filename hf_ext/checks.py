@@ -39,7 +39,7 @@ def check_word(name: str, value: Any, allowed: Collection[Any], others: str = ""
         ValueError: `value` is not one of `allowed`, with the nearest of them; `others`: what else would do, in words.
     """
     if value not in allowed:
-        raise ValueError(f"{name}={value!r} is none of {listed(value, allowed)}{' ' + others if others else ''}")
+        raise ValueError(f"{name}={value!r} is none of {listed(value, allowed, others)}")
 
 
 def refuse_unknown(given: Iterable[str], known: Collection[str], what: str, kind: str = "option") -> None:
@@ -52,9 +52,9 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], what: str, kind
             raise ValueError(f"unknown {kind} {name!r} of {what}; known are {listed(name, known)}")
 
 
-def listed(value: Any, allowed: Collection[Any]) -> str:
-    """The allowed values, and the one that was probably meant."""
-    return ", ".join(map(repr, allowed)) + did_you_mean(value, allowed)
+def listed(value: Any, allowed: Collection[Any], others: str = "") -> str:
+    """The allowed values, others in words, and the one that was probably meant."""
+    return f"{', '.join(map(repr, allowed))} {others}".rstrip() + did_you_mean(value, allowed)
 
 
 def did_you_mean(value: Any, allowed: Collection[Any], likeness: float = 0.5) -> str:
