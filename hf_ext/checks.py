@@ -12,7 +12,8 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    """A real, finite one."""
+    return isinstance(value, Real) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

@@ -137,7 +137,6 @@ def _refuse(message: str) -> None:
 
 def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from hf_ext.doctor import summary
@@ -146,12 +145,10 @@ def _show(report: dict[str, Any]) -> None:
     console.print(summary(report))
     hosts = Table("host", "version", "names", "state", "reason")
     for name, host in report["hosts"].items():
-        hosts.add_row(
-            name, host["version"] or "-", ", ".join(host["names"]), host["state"], escape(host["reason"] or "")
-        )
+        hosts.add_row(name, host["version"] or "-", ", ".join(host["names"]), host["state"], host["reason"] or "")
     engines = Table("attention engine", "chosen", "reason")
     for engine in report["engines"]:
-        engines.add_row(engine["name"], "yes" if engine["chosen"] else "no", escape(engine["reason"]))
+        engines.add_row(engine["name"], "yes" if engine["chosen"] else "no", engine["reason"])
     versions = Table("library", "installed", "tested", "")
     for name, version in report["versions"].items():
         versions.add_row(name, version["installed"] or "-", version["tested"], "" if version["ok"] else "untested")

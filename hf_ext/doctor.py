@@ -84,12 +84,14 @@ def answer(path: str, autoload: ModuleType | None, failed: dict[str, BaseExcepti
 
 
 def _hosts(autoload: ModuleType | None, failed: dict[str, BaseException]) -> tuple[dict[str, Any], list[str]]:
-    hosts, problems = {}, []
+    hosts, problems, seen = {}, [], set()
     for row in registry.TABLE:
         library = row.module.partition(".")[0]
         installed, tested, _ = compat.supported(library)
         state, reason = autoload.STATE.get(row.module, ("off", None)) if autoload else ("off", None)
         error = _root_cause(failed.get(row.module))
+        again = row.module in seen  # as with a second method of the same module: what is wrong there was said
+        seen.add(row.module)
         if installed is None:
             state, reason = "waiting", f"{library} is not installed"
         elif error is not None and _autoload.switched_off() and "torchvision::nms" in str(error):
@@ -98,10 +100,12 @@ def _hosts(autoload: ModuleType | None, failed: dict[str, BaseException]) -> tup
             )
         elif error is not None:
             state, reason = "failed", f"import {row.module} failed: {type(error).__name__}: {error}"
-            problems.append(f"{reason}. {compat.import_cure(library, error)}")
-        elif state == "failed":
+            if not again:
+                problems.append(f"{reason}. {compat.import_cure(library, error)}")
+        elif state == "failed" and not again:
+            names = [name for other in registry.TABLE if other.module == row.module for name in other.names]
             problems.append(
-                f"{library} {installed} (tested {tested}): could not add {', '.join(row.names)}: {reason}. "
+                f"{library} {installed} (tested {tested}): could not add {', '.join(names)}: {reason}. "
                 f"`HF_EXT_DEBUG=1 {sys.executable} -c 'import {row.module}'` shows the traceback."
             )
         host = {"state": state, "names": list(row.names), "reason": reason, "module": row.module, "version": installed}

@@ -40,7 +40,7 @@ def model_problems(model: dict[str, Any] | None) -> list[str]:
 
 def _object(file: Path, folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--model {folder}: {file.name} is not JSON: {error}") from error
     if not isinstance(config, dict):

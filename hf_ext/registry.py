@@ -152,7 +152,7 @@ def status() -> dict[str, dict[str, Any]]:
 def apply(host: str) -> tuple[str, str | None]:
     """Run the `add` of every row of `host`, or of none: an error takes those before it back.
 
-    Returns the state to record and the reason for it.
+    Returns the state to record, and None: there is a reason for failures only, and these are raised.
     """
     outcomes, added = set(), []
     try:

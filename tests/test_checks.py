@@ -115,3 +115,7 @@ def test_a_dtype_without_autocast_can_be_given():
 def test_a_device_without_autocast_has_none_to_switch_off():
     with modes.no_autocast(torch.ones(1, device="meta")):
         assert modes.product_dtype(torch.ones(1, device="meta")) == torch.float32
+
+
+def test_a_number_beyond_floats_is_one():
+    assert checks.is_number(10**400)

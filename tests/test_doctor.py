@@ -119,6 +119,8 @@ def test_a_failed_registration_is_named_with_host_cause_and_version(tmp_path):
     assert "'anchor'" in problem
     assert str(plugin) in problem
     assert "HF_EXT_DEBUG=1" in problem
+    assert "mcq_recalibrated" in problem
+    assert len([text for text in report["problems"] if "could not add" in text]) == 1
 
 
 READS = compat.reads_attention_from_config()

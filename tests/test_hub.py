@@ -315,10 +315,15 @@ def test_card_of_somebody_on_another_branch_is_not_meant(hub):
 # --- loading
 
 
-LOAD = {"packed": load_packed, "weights": ImportanceWeights.from_pretrained}
+LOAD = {
+    "packed": load_packed,
+    "weights": ImportanceWeights.from_pretrained,
+    "mitigation": lambda source, **options: mcq_bias.load_mitigation(anchored(), source, **options),
+}
 OURS = {
     "packed": ["config.json", "model.safetensors"],
     "weights": ["config.json", "importance.safetensors", "keys.arrow", "history.json"],
+    "mitigation": ["mcq_bias.json", "adapter_config.json", "adapter_model.safetensors"],
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import prepare_data_loader
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets
 from importance_corpora import (
     ITEMS,
     KEYS,
@@ -678,3 +678,20 @@ def test_accelerate_shards_the_sampler():
 def test_the_rows_of_known_weights():
     """The tests above rest on it: the weights asked for are the weights found."""
     assert table_of(ImportanceWeights(method="mean").fit(rows_for(EIGHTHS), progress=False)) == EIGHTHS
+
+
+@pytest.mark.parametrize("metric", ["utility", "vote"])
+def test_a_stream_of_examples_with_an_empty_list_is_judged_as_its_rows_are(metric):
+    """In Arrow format such a stream has its types guessed row by row, and an empty list has none."""
+    rows = [
+        {"retrieved": ["a", "b"], "utility": [1.0, 0.0], "answers": ["x", "y"]},
+        {"retrieved": [], "utility": [], "answers": []},
+        {"retrieved": ["b"], "utility": [1.0], "answers": ["z"]},
+    ]
+
+    def stream() -> Any:
+        return IterableDataset.from_generator(lambda: iter(rows))
+
+    weights = ImportanceWeights(k=1, epochs=3).fit(stream())
+    assert weights.tune_threshold(stream(), metric=metric) == weights.tune_threshold(rows, metric=metric)
+    assert weights.evaluate(stream(), metric=metric) == weights.evaluate(rows, metric=metric)

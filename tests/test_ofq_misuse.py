@@ -20,7 +20,10 @@ from hf_ext.ofq_quantizer import (
     activation_quantizers,
     calibrate,
     distillation_loss,
+    distillation_loss_func,
+    export_fp,
     quantize,
+    save_packed,
 )
 
 # --- what is converted
@@ -239,3 +242,40 @@ def test_lora_of_a_skipped_query_of_transformers_works():
     model = calibrate(quantize(model, OFQConfig(skip_modules=[name])), [x])
     expected = model(x).logits
     assert torch.equal(adapted(model, [name])(x).logits, expected)
+
+
+# --- what is left behind
+
+
+class Wrapper(nn.Module):
+    """Of images whose size nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("vit")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+def test_a_model_of_unknown_images_is_refused_without_a_hook_left_on_it():
+    model = Wrapper()
+    with pytest.raises(ValueError, match="does not tell the size of its images"):
+        quantize(model, OFQConfig())
+    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize("save", [save_packed, export_fp])
+def test_saving_draws_no_random_number_from_the_training_around_it(save, tmp_path):
+    model, _ = quantized()
+    before = torch.get_rng_state()
+    save(model, tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_hook_of_the_distillation_comes_off():
+    model, teacher = build("vit"), build("vit")
+    loss_func = distillation_loss_func(model, teacher)
+    assert model._forward_pre_hooks
+    loss_func.remove()
+    assert not model._forward_pre_hooks

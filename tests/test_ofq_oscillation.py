@@ -168,6 +168,8 @@ def test_misuse_is_named():
         OscillationTracker(small_vit())
     with pytest.raises(ValueError, match="momentum=0"):
         OscillationTracker(quantized_vit(), momentum=0)
+    with pytest.raises(ValueError, match="momentum=5"):
+        OscillationCallback(momentum=5)
     model = quantized_vit()
     tracker = OscillationTracker(model)
     with pytest.raises(TypeError, match="object"):

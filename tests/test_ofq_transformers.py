@@ -315,3 +315,16 @@ def test_name_in_use_by_somebody_else_is_left_to_them():
         assert loading is None or "hf_ext" not in loading.set_param_for_module.__code__.co_filename
     finally:
         auto.AUTO_QUANTIZER_MAPPING.pop("ofq_test", None)
+
+
+def test_somebody_elses_callable_in_the_place_of_a_wrapped_function_is_passed_by(monkeypatch):
+    """A partial has no code to tell its file by."""
+    loading = pytest.importorskip("transformers.core_model_loading")
+
+    class Ours: ...
+
+    theirs = partial(loading.set_param_for_module)
+    monkeypatch.setattr(loading, "set_param_for_module", theirs)
+    compat.add_quantizer("ofq_test", Ours, Ours)
+    compat.remove_quantizer("ofq_test", Ours, Ours)
+    assert loading.set_param_for_module is theirs

@@ -56,3 +56,7 @@ def __getattr__(name: str) -> Any:
     if name in _OF_MODELS:
         return getattr(import_module(f"{__name__}.{_OF_MODELS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -51,6 +51,7 @@ def rope_drift(model: nn.Module, input_ids: Tensor, shift_a: int = 0, shift_b: i
     Args:
         model: the model, or whatever wraps one. It is left as it was, also after an error.
         input_ids: (B, L), L of at least 2.
+        shift_a, shift_b: position of the first token in either run, at least 0.
 
     Raises:
         ValueError: input of another shape, a negative shift, positions beyond `max_position_embeddings`.

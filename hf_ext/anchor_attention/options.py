@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_ext.checks import check_count
+
 
 @dataclass(frozen=True, eq=False)
 class Options:
@@ -29,9 +31,8 @@ class Options:
     def __post_init__(self) -> None:
         if not self.scaling > 0:
             raise ValueError(f"scaling must be positive, not {self.scaling}")
-        window = self.sliding_window
-        if window is not None and not (isinstance(window, int) and window >= 1):
-            raise ValueError(f"sliding_window must be an integer of at least 1, not {window!r}")
+        if self.sliding_window is not None:
+            check_count("sliding_window", self.sliding_window)
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"softcap must be positive, not {self.softcap}")
         if not 0 <= self.dropout < 1:

@@ -7,7 +7,7 @@ On the CPU with one thread, by CPU time; on CUDA where there is a device (bone_c
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_ext import compat
 from hf_ext.bench import bone_cuda
-from hf_ext.bench.harness import Row, compare, peak_memory
+from hf_ext.bench.harness import Row, compare, often, peak_memory, step
 
 WIDTH = 2048
 # dtype of the base, r, tokens of a training step
@@ -70,12 +70,6 @@ def layer(method: str, width: int, dtype: torch.dtype, r: int) -> nn.Module:
     return adapted.base_model.model[0]
 
 
-def step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    module(x).backward(gradient)
-    module.zero_grad(set_to_none=True)
-    x.grad = None
-
-
 @torch.no_grad()
 def decode(module: nn.Module, x: Tensor) -> None:
     module(x)
@@ -101,21 +95,13 @@ def _grid(name: str, width: int, dtype: torch.dtype, r: int, tokens: int, repeat
             )
             yield compare(
                 f"{form}, {what}, {SINGLE} single tokens, forward",
-                _often(partial(decode, ours, token)),
-                _often(partial(decode, peers[peer], token)),
+                often(partial(decode, ours, token), SINGLE),
+                often(partial(decode, peers[peer], token), SINGLE),
                 peer_name=peer,
                 repeats=repeats,
                 at_most=TOKEN_TARGETS[form] if peer == FROZEN else None,
                 tags={"case": name, "form": form, "kind": "token"},
             )
-
-
-def _often(function: Callable[[], None]) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(SINGLE):
-            function()
-
-    return repeated
 
 
 # --- what a layer keeps for backward: an exact number

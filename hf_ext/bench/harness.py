@@ -174,6 +174,23 @@ def peak_memory() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
+def often(function: Callable[[], object], times: int) -> Callable[[], None]:
+    """What is too short to be timed alone."""
+
+    def repeated() -> None:
+        for _ in range(times):
+            function()
+
+    return repeated
+
+
+def step(module: Any, x: Any, gradient: Any) -> None:
+    """Forward and backward of a module, which leave no gradients behind."""
+    module(x).backward(gradient)
+    module.zero_grad(set_to_none=True)
+    x.grad = None
+
+
 def keep_freed_memory() -> None:
     """From now on, megabytes that are freed stay with this process (glibc).
 

@@ -6,7 +6,7 @@ and ours. Files. On the CPU with one thread, by CPU time; on CUDA where there is
 
 import copy
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_ext.bench import ofq_cuda
-from hf_ext.bench.harness import Row, compare, keep_freed_memory
+from hf_ext.bench.harness import Row, compare, keep_freed_memory, often, step
 from hf_ext.ofq_quantizer import OFQConfig, calibrate, lsq_init, quantize, save_packed, statsq, to_int8
 
 ARCHITECTURE = "deit_tiny_patch16_224"
@@ -104,12 +104,6 @@ def quantized_layer(plain: nn.Linear, x: Tensor) -> nn.Module:
     return layer
 
 
-def step(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    module(x).backward(gradient)
-    module.zero_grad(set_to_none=True)
-    x.grad = None
-
-
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes that the graph of a training step keeps, every storage counted once."""
     kept: dict[int, int] = {}
@@ -165,20 +159,12 @@ def statsq_rows(quick: bool, repeats: int) -> Iterator[Row]:
     for name, peer, at_most in (("clone()", torch.clone, 1.5), ("clone(), compiled", copied, None)):
         yield compare(
             f"StatsQ of {weight.shape[0]} x {weight.shape[1]}, compiled",
-            _often(partial(compiled, weight)),
-            _often(partial(peer, weight)),
+            often(partial(compiled, weight), 20),
+            often(partial(peer, weight), 20),
             peer_name=name,
             repeats=repeats,
             at_most=at_most,
         )
-
-
-def _often(function: Callable[[], object]) -> Callable[[], None]:
-    def repeated() -> None:
-        for _ in range(20):
-            function()
-
-    return repeated
 
 
 # --- inference

@@ -180,6 +180,7 @@ class BoneModel(BaseTuner):
 
         Raises:
             ValueError: NaN or infinity; a tied weight; an unknown name; a layer that cannot be merged into.
+            RuntimeError: a weight that is sharded, or not there. TypeError: adapter_names is no list.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ext.bone_adapter import ops
 from hf_ext.bone_adapter.config import BoneConfig
-from hf_ext.checks import listed
+from hf_ext.checks import is_number, listed
 
 COMBINATIONS = ("linear", "compose")
 
@@ -64,7 +64,7 @@ def plan(
         raise ValueError(
             f"One weight for each of at least one distinct adapter: got {list(adapters)}, {list(weights)}."
         )
-    if not all(isinstance(weight, (int, float)) and math.isfinite(weight) for weight in weights):
+    if not all(map(is_number, weights)):
         raise ValueError(f"The weights have to be finite numbers: got {list(weights)}.")
     chosen = [configs[name] for name in adapters]
     if lost := [name for name in adapters if configs[name].bias != "none" or configs[name].modules_to_save]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
-from hf_ext.compat.names import origin
+from hf_ext.compat.names import is_from, source_of
 
 _FACTORY = "evaluation_module_factory"
 _wrapped: tuple[Callable, Callable] | None = None  # (what was there, our wrapper), while ours is at work
@@ -55,11 +55,9 @@ def unwrap_evaluate_factory() -> None:
     if current is ours:
         setattr(loading, _FACTORY, original)
     elif current is not original:
-        code = getattr(current, "__code__", None)  # functools.wraps lets a wrapper carry the host's name
         warnings.warn(
-            f"evaluate.loading.{_FACTORY} was replaced by {origin(current)} "
-            f"[{getattr(code, 'co_filename', 'no source')}] after hf_ext wrapped it. Theirs stays, and what hf_ext had "
-            "there passes every call on.",
+            f"evaluate.loading.{_FACTORY} was replaced by {source_of(current)} after hf_ext wrapped it. Theirs stays, "
+            "and what hf_ext had there passes every call on.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -70,7 +68,7 @@ def _without_ours(function: Callable) -> Callable:
 
     An earlier import of this module may have left one, and so may somebody who wrapped ours and has put it back since.
     """
-    while getattr(getattr(function, "__code__", None), "co_filename", None) == __file__:
+    while is_from(function, __file__):
         function = function.__wrapped__
     return function
 

@@ -56,6 +56,16 @@ def _same(thing: Any, ours: Any) -> bool:
     return thing == ours or (code is not None and code == getattr(ours, "__code__", None))
 
 
+def is_from(function: Any, file: str) -> bool:
+    """Whether `function` was written in `file`; a partial or another callable was not."""
+    return getattr(getattr(function, "__code__", None), "co_filename", None) == file
+
+
+def source_of(function: Any) -> str:
+    """Where to look for it; functools.wraps lets a wrapper carry another module's name."""
+    return f"{origin(function)} [{getattr(getattr(function, '__code__', None), 'co_filename', 'no source')}]"
+
+
 def origin(thing: Any) -> str:
     module = getattr(thing, "__module__", type(thing).__module__)
     return f"{module} ({getattr(sys.modules.get(module), '__file__', None) or 'no file'})"

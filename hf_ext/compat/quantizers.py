@@ -10,7 +10,7 @@ from re import search
 from typing import Any
 
 from hf_ext.compat.hub import may_write_card, write_card
-from hf_ext.compat.names import Entry, claim_all, release_all
+from hf_ext.compat.names import Entry, claim_all, is_from, release_all
 
 _CLASSES = {"vit": "ViT", "deit": "DeiT", "swin": "Swin"}
 
@@ -52,7 +52,7 @@ def _check_shapes() -> None:
         return  # transformers 4
     loading = import_module("transformers.core_model_loading")
     original = loading.set_param_for_module
-    if original.__code__.co_filename == __file__:
+    if is_from(original, __file__):
         return
 
     @wraps(original)
@@ -66,7 +66,7 @@ def _check_shapes() -> None:
 
 def _check_shapes_no_more() -> None:
     loading = sys.modules.get("transformers.core_model_loading")
-    if loading is not None and loading.set_param_for_module.__code__.co_filename == __file__:
+    if loading is not None and is_from(loading.set_param_for_module, __file__):
         loading.set_param_for_module = loading.set_param_for_module.__wrapped__
 
 
@@ -228,7 +228,7 @@ class QuantizerHooks:
         if self.pre_quantized:
             self.expect(model)
         else:
-            model._keys_to_ignore_on_load_missing = [self.added]
+            model._keys_to_ignore_on_load_missing = [*(model._keys_to_ignore_on_load_missing or ()), self.added]
 
     def update_missing_keys_after_loading(self, model: Any, missing_keys: list[str], *_: Any) -> list[str]:
         """What 4.56 warns of, which does not read `_keys_to_ignore_on_load_missing` off the model."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Any
 
-from hf_ext.compat.names import Entry, claim_all, refuse_foreign, release
+from hf_ext.compat.names import Entry, claim_all, is_from, refuse_foreign, release
 
 
 def add_timm_models(entry_points: dict[str, Callable[..., Any]]) -> None:
@@ -54,7 +54,7 @@ def _wrap_resolver(recipes: Collection[str]) -> None:
     from timm import models
 
     original = getattr(models, _RESOLVER, None)
-    if original is None or _is_ours(original):
+    if original is None or is_from(original, __file__):
         return
 
     @wraps(original)
@@ -74,13 +74,8 @@ def _unwrap_resolver() -> None:
     from timm import models
 
     current = getattr(models, _RESOLVER, None)
-    if _is_ours(current):
+    if is_from(current, __file__):
         setattr(models, _RESOLVER, current.__wrapped__)
-
-
-def _is_ours(function: Any) -> bool:
-    """Also what an earlier import of this module left."""
-    return getattr(getattr(function, "__code__", None), "co_filename", None) == __file__
 
 
 def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = None, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from packaging.version import Version
 
-from hf_ext.compat.names import RegistrationError, origin
+from hf_ext.compat.names import RegistrationError, is_from, source_of
 
 
 def reads_attention_from_config() -> bool:
@@ -39,14 +39,14 @@ def eager_attention(module: Any) -> Callable:
     raise ValueError(f"{type(module).__module__} has no eager attention function for {type(module).__name__}")
 
 
-def attention_scaling(module: Any, options: Mapping[str, Any]) -> float:
-    """The factor of the scores, from the keywords of an attention function.
+def attention_scaling(module: Any, options: Mapping[str, Any], width: int) -> float:
+    """The factor of the scores, from the keywords of an attention function; width: of a head.
 
     The GPT-2 of transformers 4 passes none, and leaves it to the function. Goes when 5.0 is the lowest version.
     """
     if options.get("scaling") is not None:
         return options["scaling"]
-    scaling = module.head_dim**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
+    scaling = width**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     return scaling / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scaling
 
 
@@ -108,7 +108,7 @@ def wrap_load_check(check: Callable[[Any, str], None]) -> None:
     if _wrapped is not None and original is not _wrapped[0]:
         return  # ours is in place, perhaps inside somebody's wrapper
 
-    if getattr(getattr(original, "__code__", None), "co_filename", None) == __file__:
+    if is_from(original, __file__):
         original = original.__wrapped__  # left by an earlier import of this module
 
     @wraps(original)
@@ -135,11 +135,9 @@ def unwrap_load_check() -> None:
     original, ours = _wrapped
     current = getattr(PreTrainedModel, _LOAD_CHECK)
     if current not in (ours, original):
-        code = getattr(current, "__code__", None)  # functools.wraps lets a wrapper carry our module's name
         raise RegistrationError(
-            f"PreTrainedModel.{_LOAD_CHECK} was replaced by {origin(current)} "
-            f"[{getattr(code, 'co_filename', 'no source')}] after hf_ext wrapped it; hf_ext leaves it. "
-            "Undo that, then unregister again."
+            f"PreTrainedModel.{_LOAD_CHECK} was replaced by {source_of(current)} after hf_ext wrapped it; hf_ext "
+            "leaves it. Undo that, then unregister again."
         )
     setattr(PreTrainedModel, _LOAD_CHECK, original)
     _wrapped = None

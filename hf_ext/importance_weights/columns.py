@@ -17,6 +17,10 @@ NUMBERS = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.ty
 ROWS_AT_ONCE = 50_000
 
 
+class MissingColumnError(ValueError):
+    """A column that is needed is not there."""
+
+
 def tables(dataset: Any, columns: Sequence[str], rank: int = 0, world: int = 1) -> Iterator[tuple[int, pa.Table]]:
     """(number of the first row, table of `columns`) piece by piece; with a world, the share of this rank.
 
@@ -49,7 +53,8 @@ def share(count: int, rank: int, world: int) -> tuple[int, int]:
 def require(columns: Sequence[str], present: Sequence[str]) -> None:
     for name in columns:
         if name not in present:
-            raise ValueError(f"there is no column {name!r}; the columns are {', '.join(map(repr, present)) or 'none'}")
+            there = ", ".join(map(repr, present)) or "none"
+            raise MissingColumnError(f"there is no column {name!r}; the columns are {there}")
 
 
 def _streamed(dataset: Any, columns: Sequence[str], rank: int, world: int) -> Iterator[tuple[int, pa.Table]]:
@@ -73,7 +78,8 @@ def _table(dataset: Any, columns: Sequence[str], first: int = 0) -> pa.Table:
         for number, row in enumerate(dataset):
             for name in columns:
                 if name not in row:
-                    raise ValueError(f"row {number} has no {name!r}; it has {', '.join(map(repr, row)) or 'nothing'}")
+                    present = ", ".join(map(repr, row)) or "nothing"
+                    raise MissingColumnError(f"row {first + number} has no {name!r}; it has {present}")
         return pa.table({name: _column(name, [row[name] for row in dataset], first) for name in columns})
     of_splits = isinstance(dataset, Mapping) and any(isinstance(x, Dataset | IterableDataset) for x in dataset.values())
     if isinstance(dataset, Mapping) and not of_splits:
@@ -101,7 +107,7 @@ def _column(name: str, values: Any, first: int) -> pa.Array:
                 pa.array([*rows[:1], row])
             except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
                 raise ValueError(
-                    f"column {name!r}, row {number}: {row!r} is of another kind than row 0 ({error})"
+                    f"column {name!r}, row {first + number}: {row!r} is of another kind than row {first} ({error})"
                 ) from None
         raise ValueError(f"column {name!r} mixes values of different kinds: {error}") from None
 
@@ -164,12 +170,7 @@ class ListColumn:
         kind = self.values.type
         if pa.types.is_null(kind):
             return np.empty(0)
-        if not (
-            pa.types.is_integer(kind)
-            or pa.types.is_floating(kind)
-            or pa.types.is_boolean(kind)
-            or pa.types.is_decimal(kind)
-        ):
+        if not any(is_one(kind) for is_one in NUMBERS):
             raise ValueError(f"column {self.name!r} holds lists of {kind}, and numbers are expected")
         values = self.values.cast(pa.int8()) if pa.types.is_boolean(kind) else self.values
         numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)

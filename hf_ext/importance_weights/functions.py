@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_ext.checks import check_count, check_word
+from hf_ext.checks import check_count, check_word, is_number
 from hf_ext.importance_weights import tensors
 from hf_ext.importance_weights.config import DTYPES
 from hf_ext.importance_weights.kernels import NEGLIGIBLE, gradients, scratch
@@ -43,7 +43,7 @@ def multilinear_gradient(
     """
     check_count("k", k)
     check_word("dtype", dtype, DTYPES)
-    if isinstance(epsilon, bool) or not epsilon >= 0:
+    if not is_number(epsilon) or epsilon < 0:
         raise ValueError(f"epsilon={epsilon!r} is no number of at least 0")
     _check_pair("probabilities", utilities, probabilities)
     if _ndim(utilities) not in (1, 2):

@@ -28,8 +28,11 @@ def retrieve(
     """`queries` with a column "retrieved": the ids of the k documents of largest inner product, best first.
 
     Args:
-        corpus: columns of ids and embeddings. queries: a column of embeddings of the same width.
+        corpus: columns of ids and embeddings.
+        queries: a column of embeddings of the same width.
         k: how many ids a query gets, all of the corpus where it holds fewer.
+        embedding_column: of both, lists of numbers.
+        id_column: of the corpus, integers or strings.
         index: "faiss" (through `datasets`, in float32), "exact" (blocks of a matrix product in float64, ties by
             row), or "auto": faiss where it is installed.
 

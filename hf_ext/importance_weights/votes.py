@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from hf_ext import compat
 from hf_ext.checks import check_word
-from hf_ext.importance_weights.columns import ListColumn, tables
+from hf_ext.importance_weights.columns import ListColumn, MissingColumnError, tables
 from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.lists import encode, read_lists
 from hf_ext.importance_weights.vote_kernels import read_utility, winners
@@ -35,7 +36,7 @@ class Judge:
         if not len(self.lists):
             raise ValueError("the validation set has no rows")
         if metric == "vote":
-            self.answers = _answers(dataset, config, self.lists.offsets)
+            self.answers = _answers(dataset, config)
         elif callable(metric):
             self.columns = _all_columns(dataset)
 
@@ -73,11 +74,13 @@ def _kept_together(dataset: Any) -> Any:
 
     if not isinstance(dataset, IterableDataset):
         return dataset
+    if not compat.stream_is_arrow(dataset):
+        return list(dataset.with_format(None))
     pieces = list(dataset.with_format("arrow").iter(batch_size=10_000))
     return pa.concat_tables(pieces) if pieces else pa.table({})
 
 
-def _answers(dataset: Any, config: ImportanceConfig, offsets: np.ndarray) -> np.ndarray:
+def _answers(dataset: Any, config: ImportanceConfig) -> np.ndarray:
     name = config.answer_column
     pieces = []
     try:
@@ -85,13 +88,10 @@ def _answers(dataset: Any, config: ImportanceConfig, offsets: np.ndarray) -> np.
             retrieved, answers = (ListColumn.of(column, table[column], first) for column in table.column_names)
             retrieved.must_match(answers)
             pieces.append(_as_words(answers.values))
-    except ValueError as error:
-        if "there is no column" in str(error) or "has no " in str(error):
-            raise ValueError(
-                f"metric='vote' compares answers, and {error}; name it by answer_column={name!r}, or take "
-                "metric='utility'"
-            ) from None
-        raise
+    except MissingColumnError as error:
+        raise ValueError(
+            f"metric='vote' compares answers, and {error}; name it by answer_column={name!r}, or take metric='utility'"
+        ) from None
     return encode(name, pieces)[1]
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_ext.checks import check_count, check_word
-from hf_ext.mcq_bias.batches import batches, evaluating
+from hf_ext.mcq_bias.batches import batches, evaluating_eagerly
 from hf_ext.mcq_bias.contributions import BiasAttribution
 from hf_ext.mcq_bias.examples import read_examples
 from hf_ext.mcq_bias.families import family_of
@@ -70,7 +70,7 @@ def attribute(
     labels = None if rows.labels is None else torch.tensor(rows.labels)
     arrays: dict[str, np.ndarray] = {}
     length = max(map(len, questions.encoded))
-    with evaluating(model), captured(family, model, with_attention=per_position) as seen:
+    with evaluating_eagerly(model), captured(family, model, with_attention=per_position) as seen:
         for batch in batches(questions.encoded, batch_size, model.device, progress):
             letters, _, _ = answers(model, batch, questions)
             compared = _compared(letters, anchor, None if labels is None else labels[batch.rows])

@@ -90,7 +90,7 @@ def asked_rows() -> tuple[list[int], int] | None:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating_eagerly(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradients and no compiled code, which skips hooks; afterwards modules are in the mode found."""
     # Where dynamo is not there, nothing is compiled, and importing it takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

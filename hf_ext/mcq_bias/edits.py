@@ -1,7 +1,7 @@
 """How `mitigate` edits a model: its options, its three methods as edits of rank one, their trial and their delivery."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,19 +181,17 @@ def _by_layer(places: Sequence[Sequence[int]]) -> Chosen:
 def tried(model: nn.Module, edits: Sequence[RankOne], strength: float) -> Iterator[None]:
     """Inside, `model` computes as with the adapter of `as_adapter`; not one of its weights is touched."""
 
-    def add(edit: RankOne) -> Any:
+    def added(edit: RankOne) -> Any:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
             more = (inputs[0].to(edit.read.dtype) @ edit.read)[..., None] * (strength * edit.write)
             return (output + more).to(output.dtype)
 
         return model.get_submodule(edit.module).register_forward_hook(hook)
 
-    handles = [add(edit) for edit in edits]
-    try:
+    with ExitStack() as stack:
+        for edit in edits:
+            stack.callback(added(edit).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def as_adapter(model: nn.Module, edits: Sequence[RankOne], strength: float) -> PeftModel:

@@ -68,19 +68,35 @@ def save_mitigation(pm: PeftModel, path: str | Path) -> None:
         compat.write_card(folder, _card(pm, facts))
 
 
-def load_mitigation(model: Any, path: str | Path) -> PeftModel:
+def load_mitigation(
+    model: Any,
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: bool | str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> PeftModel:
     """`PeftModel.from_pretrained(model, path)`, and `mcq_bias` with it: `mitigation_report` then knows what was fitted.
 
     Args:
         model: the base model, which PEFT wraps in place.
         path: a folder of `save_mitigation`, or a repository of `push_to_hub`.
+        revision, token, cache_dir, local_files_only: of the repository, as in `from_pretrained` of transformers.
 
     Raises:
         OSError: there is no `mcq_bias.json`, no adapter, or no such repository.
         ValueError: that file is damaged, of something else, or of another adapter than the one beside it. In all these
             cases the model is as it was.
     """
-    folder = compat.folder_of(path, (FILE, "adapter_config.json", ADAPTER))
+    folder = compat.folder_of(
+        path,
+        (FILE, "adapter_config.json", ADAPTER),
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
     file = folder / FILE
     if not file.is_file():
         raise OSError(f"{path} holds no {FILE}; a folder written by save_mitigation is expected")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.checks import check_count
-from hf_ext.mcq_bias.batches import Batch, asked, batches, encode, evaluating
+from hf_ext.mcq_bias.batches import Batch, asked, batches, encode, evaluating_eagerly
 from hf_ext.mcq_bias.examples import read_counts, untouched
 from hf_ext.mcq_bias.families import at_least_float32, output_head
 from hf_ext.mcq_bias.letters import LETTERS
@@ -89,7 +89,7 @@ def score_choices(
     scores = np.full((len(counts), len(questions.letters)), -np.inf)
     top1 = np.empty(len(counts), dtype=np.int64)
     trial = Trial(model)
-    with evaluating(model):
+    with evaluating_eagerly(model):
         for batch in batches(questions.encoded, batch_size, model.device, progress):
             letters, vocabulary, half = answers(model, batch, questions)
             _require_finite(letters, batch.rows)

@@ -26,7 +26,7 @@ class Trial:
     def check(self, model: Any, batch: Batch, encoded: list[list[int]], vocabulary: Tensor, half: bool) -> None:
         """
         Args:
-            model: inside `evaluating`.
+            model: inside `evaluating_eagerly`.
             batch: just computed.
             encoded: tokens of all prompts.
             vocabulary: (B, V) the last position's logits in the batch.

@@ -23,21 +23,22 @@ def quantize(model: nn.Module, config: OFQConfig, *, name: str = "ofq") -> nn.Mo
         ValueError: the model has no attention that is supported, or one that is not; it is quantised already; its
             number of tokens varies; QKR is not defined for it; a skip pattern takes out nothing, or all of them
             everything. The model is untouched.
+        TypeError: the config is no OFQConfig.
     """
     if not isinstance(config, OFQConfig):
         raise TypeError(f"config must be an OFQConfig, not {type(config).__name__}; OFQConfig.from_dict reads a dict")
     plan = make_plan(model, config)
     switches = Switches(config, name)
     modules = dict(model.named_modules())
-    for name, (tokens, unsigned) in plan.low_bit.items():
-        convert_linear(modules[name], switches, tokens, unsigned)
-    for name in plan.boundary:
-        _convert_boundary(modules[name], switches)
-    for name, (adapter, tokens) in plan.attentions.items():
-        modules[name].__class__ = adapter
-        modules[name].set_up(switches, tokens)
-    for name, why in plan.left.items():
-        modules[name].left_as_is = why
+    for path, (tokens, unsigned) in plan.low_bit.items():
+        convert_linear(modules[path], switches, tokens, unsigned)
+    for path in plan.boundary:
+        _convert_boundary(modules[path], switches)
+    for path, (adapter, tokens) in plan.attentions.items():
+        modules[path].__class__ = adapter
+        modules[path].set_up(switches, tokens)
+    for path, why in plan.left.items():
+        modules[path].left_as_is = why
     if hasattr(model, "add_model_tags"):  # of transformers
         from hf_ext.ofq_quantizer.hf_quantizer import adopt
 

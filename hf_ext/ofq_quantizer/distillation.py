@@ -84,12 +84,15 @@ def distillation_loss_func(model: nn.Module, teacher: nn.Module) -> Callable[...
     Raises:
         ValueError: the teacher is the model; batches without labels; shapes as for `distillation_loss`.
         RuntimeError: Trainer runs another model than this one.
+
+    Returns:
+        The function; its `remove()` takes the hook off the model again.
     """
     if teacher is model:
         raise ValueError("the teacher is the model that learns; quantize() works in place: deepcopy the teacher before")
     teacher.eval()
     seen = _Images()
-    model.register_forward_pre_hook(seen, with_kwargs=True)
+    handle = model.register_forward_pre_hook(seen, with_kwargs=True)
 
     def loss_func(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         images = seen.take()
@@ -100,6 +103,7 @@ def distillation_loss_func(model: nn.Module, teacher: nn.Module) -> Callable[...
             return loss
         return loss * (labels.ne(IGNORED).sum() / num_items_in_batch)  # counted as Trainer counts, soft labels too
 
+    loss_func.remove = handle.remove
     return loss_func
 
 

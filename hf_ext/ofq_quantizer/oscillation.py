@@ -57,8 +57,7 @@ class OscillationTracker:
     """
 
     def __init__(self, model: nn.Module, momentum: float = 0.01) -> None:
-        if not is_number(momentum) or not 0 < momentum <= 1:
-            raise ValueError(f"momentum={momentum!r} is outside (0, 1]")
+        _check_momentum(momentum)
         if not any(True for _ in low_bit_codes(model)):
             raise ValueError("no weight of this model is rounded by StatsQ; call hf_ext.ofq_quantizer.quantize first")
         self.model, self.momentum = model, momentum
@@ -155,16 +154,25 @@ def low_bit_codes(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, statsq_codes(weight, config.w_bits, config.weight_scale_coefficient)[0]
 
 
+def _check_momentum(momentum: float) -> None:
+    if not is_number(momentum) or not 0 < momentum <= 1:
+        raise ValueError(f"momentum={momentum!r} is outside (0, 1]")
+
+
 class OscillationCallback(TrainerCallback):
     """An `OscillationTracker` inside `Trainer`, as `.tracker`; checkpoints hold its state, and a resumed run goes on.
 
     Args:
         momentum: as for `OscillationTracker`.
+
+    Raises:
+        ValueError: momentum outside (0, 1].
     """
 
     FILE = "oscillation.safetensors"
 
     def __init__(self, momentum: float = 0.01) -> None:
+        _check_momentum(momentum)
         self.momentum = momentum
         self.tracker: OscillationTracker | None = None
 

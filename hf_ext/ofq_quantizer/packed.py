@@ -173,7 +173,8 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
     require_finite_weights(model)
     if any(isinstance(module, FrozenWeight) for module in model.modules()):
         raise ValueError("this model holds integers and no latent weights; export the model it was made from")
-    plain = build(about := describe(model, model_args))
+    with torch.random.fork_rng(devices=[]):  # exporting must not change the training that goes on
+        plain = build(about := describe(model, model_args))
     own = model.state_dict()
     try:
         plain.load_state_dict({name: own[name] for name in plain.state_dict()}, strict=True, assign=True)
@@ -184,7 +185,9 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}; a folder written by save_packed has one") from None
     except ValueError as error:
         raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -214,6 +217,8 @@ def _require_free(directory: Path) -> None:
 
 
 def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; a folder written by save_packed has one")
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
@@ -270,8 +275,9 @@ def _check_rebuilt(
 ) -> None:
     """Better now than when the file is all that is left: not all that matters shows in the shapes of the tensors."""
     try:
-        again = _filled(about, config, tensors)
-        image = torch.randn(1, *image_shape(frozen), dtype=getattr(torch, about["dtype"]))
+        with torch.random.fork_rng(devices=[]):  # saving must not change the training that goes on
+            again = _filled(about, config, tensors)
+            image = torch.randn(1, *image_shape(frozen), dtype=getattr(torch, about["dtype"]))
         same = all(map(torch.equal, _outputs(frozen, image), _outputs(again, image)))
     except (TypeError, RuntimeError, KeyError, ValueError) as error:
         raise ValueError(f"this model cannot be built again from {about} ({error}); pass model_args") from error

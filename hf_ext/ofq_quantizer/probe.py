@@ -39,16 +39,15 @@ def trace(model: nn.Module) -> Trace:
     Raises:
         ValueError: the size of the images is unknown, or the model does not run on an image alone.
     """
-    seen = Trace()
-    handles = []
-    for name, module in model.named_modules():
-        if type(module).__name__.lower().removesuffix("activation") in UNSIGNED:
-            handles.append(module.register_forward_hook(seen.saw_activation))
-        else:
-            handles.append(module.register_forward_pre_hook(partial(seen.saw_input, name), with_kwargs=True))
+    seen, handles = Trace(), []
     tensors = {name: tensor.detach().to("meta") for name, tensor in _tensors(model)}
     image = torch.empty(1, *image_shape(model), device="meta", dtype=next(model.parameters()).dtype)
     try:
+        for name, module in model.named_modules():
+            if type(module).__name__.lower().removesuffix("activation") in UNSIGNED:
+                handles.append(module.register_forward_hook(seen.saw_activation))
+            else:
+                handles.append(module.register_forward_pre_hook(partial(seen.saw_input, name), with_kwargs=True))
         with evaluating(model):
             torch.func.functional_call(model, tensors, (image,), tie_weights=False)
     except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:

@@ -24,13 +24,6 @@ def entry_points() -> dict[str, Callable[..., nn.Module]]:
     return {point.__name__: point for point in points}
 
 
-def recipe_name(config: "OFQConfig") -> str | None:
-    """The recipe with these bits; None where there is none."""
-    if (config.w_bits, config.a_bits) not in ENTRY_BITS:
-        return None
-    return f"ofq_w{config.w_bits}a{config.a_bits}" + ("_qkr" if config.qk_reparam else "")
-
-
 def _entry_point(w_bits: int, a_bits: int, qk_reparam: bool) -> Callable[..., nn.Module]:
     fixed = {"w_bits": w_bits, "a_bits": a_bits, "qk_reparam": qk_reparam}
 
