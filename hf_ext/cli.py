@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any
 
 import typer
@@ -90,12 +91,12 @@ def bench(
     """Measure our methods beside their peers in one run. Exit status 1 if a target was missed (not with --quick)."""
     from hf_ext.bench import measure_all
 
-    if out is not None and out.exists() and not out.is_dir():
-        _refuse(f"--out {out} is a file; name a folder")
     names = BENCHMARKS if not methods or methods == ["all"] else methods
     for name in names:
         if name not in BENCHMARKS:
             _refuse(f"there is no benchmark {name!r}; there are {listed(name, [*BENCHMARKS, 'all'])}")
+    if out is not None:
+        _require_writable(out)
     good = measure_all(names, out, quick=quick, require_cuda=require_cuda)
     raise typer.Exit(0 if good else 1)
 
@@ -133,6 +134,16 @@ def main() -> None:
 def _refuse(message: str) -> None:
     typer.echo(f"hf-ext: {message}", err=True)
     raise typer.Exit(2)
+
+
+def _require_writable(out: Path) -> None:
+    """Better now than when everything was measured."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        _refuse(f"--out {out} cannot be written to: {error.strerror}")
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -23,8 +23,9 @@ def examine_model(folder: Path, channel: str) -> dict[str, Any]:
         raise ValueError(f"--model {folder}: there is no config.json in it, and no adapter_config.json")
     strings = []
     for name, file in files.items():
-        for key, value, host in _strings(_object(file, folder)):
-            reason = _why_no_effect(value, host, folder, channel)
+        config = _object(file, folder)
+        for key, value, host in _strings(config):
+            reason = _why_no_effect(value, host, folder, channel) or _why_invalid(host, config)
             strings.append({"file": name, "key": key, "value": value, "effective": not reason, "reason": reason})
     return {"path": str(folder), "strings": strings}
 
@@ -52,7 +53,8 @@ def _strings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
     """(key, value, the host that reads it) of every string in which one of our names may stand."""
     for key, value in config.items():
         if key == "attn_implementation":
-            yield prefix + key, value, "transformers"
+            named = {f".{part}": name for part, name in value.items()} if isinstance(value, dict) else {"": value}
+            yield from ((f"{prefix}{key}{part}", name, "transformers") for part, name in named.items())
         elif prefix + key == "peft_type":
             yield key, value, "peft"
         elif prefix + key == "quantization_config.quant_method":
@@ -70,6 +72,24 @@ def _why_no_effect(value: Any, host: str, folder: Path, channel: str) -> str | N
     if channel == "off" and not (host == "peft" and compat.has_native_bone()):
         return OFF
     return _why_refused(value, folder) if host == "transformers" else None
+
+
+def _why_invalid(host: str, config: dict[str, Any]) -> str | None:
+    """What is wrong with the options beside one of our names."""
+    if host == "peft":
+        from hf_ext.bone_adapter.check import config_problems
+        from hf_ext.bone_adapter.config import BoneConfig
+
+        defaults = {"r": BoneConfig.r, "init_weights": BoneConfig.init_weights}
+        return "; ".join(config_problems(defaults | config)) or None
+    if host == "transformers.quantizers":
+        from hf_ext.ofq_quantizer.config import OFQConfig
+
+        try:
+            OFQConfig.from_dict(config["quantization_config"])
+        except ValueError as error:
+            return str(error)
+    return None
 
 
 def _why_refused(name: str, folder: Path) -> str | None:

@@ -26,7 +26,7 @@
 # 6. says what of the paper's findings reproduces here and what does not;
 # 7. takes one model to a packed file and to int8.
 #
-# It takes about TODO minutes of one CPU thread. `HF_EXT_QUICK=1` in the environment makes everything tiny: that is
+# It takes about twenty minutes of one CPU thread. `HF_EXT_QUICK=1` in the environment makes everything tiny: that is
 # for tests, and the numbers then mean nothing.
 
 # %%

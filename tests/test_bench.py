@@ -202,16 +202,19 @@ def test_misspelt_command_is_suggested():
     assert "doctor" in done.output
 
 
-def test_a_file_as_output_folder_is_refused_before_anything_is_measured(planted, tmp_path):
-    planted(MET)
-    (tmp_path / "file").write_text("")
-    done = bench("anchor", "--out", str(tmp_path / "file"))
-    assert done.exit_code == 2
-    assert "is a file" in done.output
-
-
 def test_version():
     from hf_ext import __version__
 
     done = CliRunner().invoke(app, ["--version"])
     assert (done.exit_code, done.output.strip()) == (0, f"hf_ext {__version__}")
+
+
+@pytest.mark.parametrize("out", ["file", "file/inside"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured(out, planted, tmp_path):
+    planted(MET)
+    (tmp_path / "file").write_text("mine")
+    done = bench("anchor", "--out", str(tmp_path / out))
+    assert done.exit_code == 2
+    assert "cannot be written to" in done.output
+    assert "work" not in done.output
+    assert (tmp_path / "file").read_text() == "mine"

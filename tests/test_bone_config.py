@@ -326,3 +326,19 @@ def test_a_config_shared_by_two_models(init_weights):
     assert torch.equal(blocks[1], kept)
     small.base_model.delete_adapter("default")
     assert large(torch.ones(1, 8)).shape == (1, 16)
+
+
+@pytest.mark.parametrize(("option", "near"), [("R", "r"), ("target_module", "target_modules"), ("Bias", "bias")])
+def test_misspelt_option_is_an_error_in_a_file_too(option, near, tmp_path):
+    """PEFT leaves out of a file what it does not know, and goes on with the default."""
+    with pytest.raises(TypeError, match=f"BoneConfig has no option '{option}'; did you mean '{near}'"):
+        BoneConfig(**{option: "x"})
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BONE", option: "x"}))
+    with pytest.raises(TypeError, match=f"did you mean '{near}'"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
+def test_option_of_a_later_version_is_left_out_as_peft_does(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "BONE", "r": 4, "something_new": 1}))
+    with pytest.warns(UserWarning, match="something_new"):
+        assert PeftConfig.from_pretrained(str(tmp_path)).r == 4

@@ -167,7 +167,7 @@ def checkpointing(use_reentrant):
         ({}, 1e-4),
         (checkpointing(use_reentrant=False), 1e-4),
         (checkpointing(use_reentrant=True), 1e-4),
-        ({"bf16": True}, 5e-2),
+        ({"bf16": True}, 0.15),
     ],
     ids=["plain", "checkpointing", "reentrant", "bf16"],
 )

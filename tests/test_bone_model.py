@@ -1616,3 +1616,11 @@ def test_bat_tensors_under_another_explicit_form_are_an_error(tmp_path):
         PeftModel.from_pretrained(copy.deepcopy(base), folder)
     assert "(6, 4, 4)" in str(caught.value)
     assert "(3, 4, 4)" in str(caught.value)
+
+
+def test_no_warning_of_experts_where_there_are_only_tokens_of_three_dimensions():
+    net = Net()
+    net.cls_token = nn.Parameter(torch.zeros(1, 1, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(net, config(targets="all-linear"))

@@ -129,10 +129,15 @@ def test_a_used_folder_is_refused_unless_overwritten(tmp_path):
     (out / "mine.txt").write_text("kept")
     done = hf_ext("demo", "--quick", cwd=tmp_path)
     assert done.returncode == 2
-    assert "demo_out is not empty" in done.stderr
-    assert "--overwrite" in done.stderr
+    assert "demo_out is not empty, and not of an earlier demo" in done.stderr
+    with pytest.raises(report.DemoError, match="not of an earlier demo"):
+        report._make_folder(out, overwrite=True)
+    assert (out / "train.py").exists()
+    (out / report.MARK).touch()
+    with pytest.raises(report.DemoError, match="--overwrite"):
+        report._make_folder(out, overwrite=False)
     report._make_folder(out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    assert {path.name for path in out.iterdir()} == {"mine.txt", report.MARK}
 
 
 def test_a_file_as_output_folder_is_refused(tmp_path):

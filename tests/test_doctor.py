@@ -173,6 +173,35 @@ def test_the_key_is_found_in_the_parts_of_a_composite_model(tmp_path):
     assert string["key"] == "text_config.attn_implementation"
 
 
+def test_the_key_may_name_an_attention_a_part(tmp_path):
+    config = {"model_type": "llava", "attn_implementation": {"text_config": "anchor", "vision_config": "sdpa"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    strings = doctor.examine_model(tmp_path, "autoload")["strings"]
+    names = {string["key"]: string["value"] for string in strings}
+    assert names == {"attn_implementation.text_config": "anchor", "attn_implementation.vision_config": "sdpa"}
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "text"),
+    [
+        ("adapter_config.json", {"peft_type": "BONE", "init_weights": "batt"}, "did you mean 'bat'?"),
+        ("adapter_config.json", {"peft_type": "BONE", "r": -8}, "r: found -8"),
+        (
+            "adapter_config.json",
+            {"peft_type": "BONE", "target_module": ["q"]},
+            "target_modules, which it seems to mean",
+        ),
+        ("config.json", {"quantization_config": {"quant_method": "ofq", "w_bit": 2}}, "did you mean 'w_bits'?"),
+        ("config.json", {"quantization_config": {"quant_method": "ofq", "w_bits": 5}}, "w_bits=5 is none of 2, 3, 4"),
+    ],
+)
+def test_options_that_loading_will_refuse_are_told(tmp_path, file, config, text):
+    (tmp_path / file).write_text(json.dumps(config))
+    (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
+    assert not string["effective"]
+    assert text in string["reason"]
+
+
 @pytest.mark.parametrize(
     ("file", "config", "key", "channel", "reason"),
     [

@@ -511,3 +511,10 @@ def test_weights_are_float64_in_the_unit_interval():
         weights = fitted(dtype=dtype).weights
         assert weights.dtype == np.float64
         assert ((weights >= 0) & (weights <= 1)).all()
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="not of importance weights; name another folder"):
+        fitted().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

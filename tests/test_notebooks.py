@@ -277,8 +277,9 @@ def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
-def test_there_is_a_notebook():
+def test_there_is_a_notebook_and_none_has_a_gap():
     assert SOURCES, "the tests of pairs would pass on nothing"
+    assert not [path.name for path in SOURCES if re.search(r"\b(TODO|FIXME|XXX)\b", path.read_text(encoding="utf-8"))]
 
 
 def test_source_and_executed_copy_have_the_same_cells(pair):

@@ -279,3 +279,15 @@ def test_the_hook_of_the_distillation_comes_off():
     assert model._forward_pre_hooks
     loss_func.remove()
     assert not model._forward_pre_hooks
+
+
+def test_a_model_of_another_library_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="of another library than this model; name another folder"):
+        export_fp(quantized()[0], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_model_that_is_not_quantised_cannot_be_packed(tmp_path):
+    with pytest.raises(ValueError, match=r"is not quantised by OFQ; call hf_ext.ofq_quantizer.quantize first"):
+        save_packed(build("vit"), tmp_path / "packed")

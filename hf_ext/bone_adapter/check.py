@@ -69,7 +69,7 @@ def check_checkpoint(directory: str | Path, base_model: BaseModel | None = None)
     """
     config, state_dict = read_directory(directory)
     # Opening the base reads options: with unsound ones, `require_sound` complains of them and needs no base.
-    base = None if base_model is None or any(_config_problems(config)) else open_base(config, base_model)
+    base = None if base_model is None or any(config_problems(config)) else open_base(config, base_model)
     return require_sound(directory, config, state_dict, base)
 
 
@@ -83,7 +83,7 @@ def require_sound(
     """
     tensors, foreign = split_foreign(state_dict)
     blocks = blocks_of(tensors)
-    problems = [*_config_problems(config), *([] if blocks else [f"found no {BLOCK} tensor, expected one a target"])]
+    problems = [*config_problems(config), *([] if blocks else [f"found no {BLOCK} tensor, expected one a target"])]
     if problems:  # of an unknown form nothing is expected of any shape
         raise _unsound(where, [*problems, *tensor_problems(tensors, {})])
     development = is_development_file(config["init_weights"], tensors)
@@ -114,7 +114,8 @@ def _unsound(where: Any, problems: list[str]) -> ValueError:
     return ValueError("\n- ".join([f"{where} is not a sound Bone checkpoint:", *problems]))
 
 
-def _config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
+    """What cannot be right in an adapter_config.json, a line each."""
     if config.get("peft_type") != "BONE":
         yield f'peft_type: found {config.get("peft_type")!r}, expected "BONE"'
     r = config.get("r")

@@ -7,7 +7,7 @@ from peft.config import PeftConfig
 
 from hf_ext import compat
 from hf_ext.bone_adapter.checkpoint import BIAS, form_of, option_problems
-from hf_ext.checks import check_word, listed
+from hf_ext.checks import check_word, listed, nearest
 
 INIT_WEIGHTS = (True, False, "bat", "bat_row")
 
@@ -36,6 +36,7 @@ class BoneConfig(PeftConfig):
 
     Raises:
         ValueError: naming the value, what is allowed and the nearest match.
+        TypeError: an option that there is not, with the nearest one.
     """
 
     r: int = 64
@@ -48,6 +49,14 @@ class BoneConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     # Not a field, so that it never reaches a file; the host itself sets the attribute for models with fused experts.
     target_parameters: InitVar[Any] = None
+
+    def __new__(cls, *_: Any, **options: Any) -> "BoneConfig":
+        # PEFT leaves out of a file what a constructor does not know, with a warning only; not errors of another text.
+        known = [option.name for option in fields(cls)]
+        for name in options.keys() - {*known, "target_parameters"}:
+            if (near := nearest(name, known, likeness=0.88)) is not None:
+                raise TypeError(f"BoneConfig has no option {name!r}; did you mean {near!r}?")
+        return super().__new__(cls)
 
     def __post_init__(self, target_parameters: Any) -> None:
         super().__post_init__()

@@ -300,7 +300,7 @@ def fused_experts(config: Any, model: Any) -> list[str]:
 def _stacked_parameters(model: Any) -> Iterator[str]:
     """A module's own weight is meant by the name of the module; blocks of an adapter are not there to be meant."""
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 3 and not name.endswith(".weight") and ".bone_block." not in name:
+        if parameter.ndim == 3 and len(parameter) > 1 and not name.endswith(".weight") and ".bone_block." not in name:
             yield name
 
 

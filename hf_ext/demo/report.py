@@ -36,6 +36,7 @@ ENVIRONMENT = {"HF_EXT_DEBUG": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1
 
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, {elapsed}"
 
+MARK = ".hf_ext_demo"  # of a folder that a demo has made
 # What the demo writes, and so what --overwrite may delete.
 FILES = (
     *("train.py", "tokenizer", "packed", "model", "docstrings", "modules", "adapters"),
@@ -116,17 +117,17 @@ def _make_folder(out: Path, overwrite: bool) -> None:
         raise DemoError(f"--out {out} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
+        occupied, ours = any(out.iterdir()), (out / MARK).is_file()
+        if occupied and not ours:
+            raise DemoError(f"--out {out} is not empty, and not of an earlier demo; name another folder")
         if occupied and not overwrite:
             raise DemoError(f"--out {out} is not empty; name another folder, or replace it with --overwrite")
+        (out / MARK).write_text("`hf-ext demo --overwrite` may replace what it wrote into this folder.\n")
         for path in (out / name for name in FILES):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        probe = out / "results.json"
-        probe.touch()
-        probe.unlink()
     except OSError as error:
         raise DemoError(f"--out {out} cannot be written to: {error.strerror}") from error
 

@@ -69,6 +69,8 @@ def rows_digest(lists: Lists) -> str:
 
 
 def write(folder: Path, config: ImportanceConfig, state: State) -> None:
+    if (folder / CONFIG).exists() and not (folder / KEYS).exists():
+        raise ValueError(f"{folder / CONFIG} is there, and not of importance weights; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"weights": state.weights, "counts": state.counts}, folder / WEIGHTS)
     with pa.OSFile(str(folder / KEYS), "wb") as sink:

@@ -47,7 +47,7 @@ class Plan:
                 "or method='project'"
             )
         if isinstance(self.strength, str):
-            check_word("strength", self.strength, ("match",))
+            check_word("strength", self.strength, ("match",), "or a number of at least 0")
         elif not is_number(self.strength) or self.strength < 0:
             raise ValueError(f"strength={self.strength!r} is neither 'match' nor a number of at least 0")
         else:

@@ -116,7 +116,7 @@ class AnchoredMCQBias(evaluate.Metric):
         Raises:
             ValueError: naming the row or the option, its value and what is allowed.
         """
-        refuse_unknown(kwargs, (*EXTRA_COLUMNS, *OPTIONS), NAME)
+        refuse_unknown(kwargs, ("predictions", "references", *EXTRA_COLUMNS, *OPTIONS), NAME)
         options = replace(self.options, **{name: kwargs[name] for name in OPTIONS if name in kwargs})
         extra = {name: kwargs.get(name) for name in EXTRA_COLUMNS}
         columns, alone = None, [name for name, values in extra.items() if values is not None]

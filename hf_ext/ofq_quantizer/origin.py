@@ -52,7 +52,15 @@ def build(about: dict[str, Any]) -> nn.Module:
 
 
 def save_plain(model: nn.Module, directory: str | Path, model_args: dict[str, Any] | None) -> None:
-    """Write a model of full precision as its host does."""
+    """Write a model of full precision as its host does.
+
+    Raises:
+        ValueError: the folder has the model of another library, or a packed one.
+    """
+    config = Path(directory, "config.json")
+    mark = "architecture" if timm_model(model) is model else "model_type"
+    if config.exists() and f'"{mark}"' not in config.read_text(encoding="utf-8", errors="replace"):
+        raise ValueError(f"{config} is there, and of another library than this model; name another folder")
     if timm_model(model) is model:
         compat.save_timm_model(model, directory, model_args)
     else:

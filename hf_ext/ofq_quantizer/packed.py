@@ -46,6 +46,7 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
             be built again from what it says of itself, or the folder has files of others under these names.
     """
     directory = Path(directory)
+    config = quantized_switches(model)[0].config
     _require_free(directory)
     if later := later_layers(model):
         raise ValueError(
@@ -54,7 +55,6 @@ def save_packed(model: nn.Module, directory: str | Path, model_args: dict[str, A
         )
     frozen = frozen_copy(model).cpu()
     about = describe(model, model_args)
-    config = quantized_switches(model)[0].config
     tensors = _packed_tensors(frozen)
     _check_rebuilt(frozen, tensors, about, config)
     directory.mkdir(parents=True, exist_ok=True)
