@@ -12,8 +12,11 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """A real, finite one."""
-    return isinstance(value, Real) and not isinstance(value, bool) and bool(-math.inf < value < math.inf)
+    """A real, finite one that a float can hold."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:

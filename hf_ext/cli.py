@@ -138,6 +138,8 @@ def _refuse(message: str) -> None:
 
 def _require_writable(out: Path) -> None:
     """Better now than when everything was measured."""
+    if out.exists() and not out.is_dir():
+        _refuse(f"--out {out} is a file; name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=out):

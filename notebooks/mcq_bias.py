@@ -74,8 +74,8 @@ print(f"torch {torch.__version__}, transformers {transformers.__version__}, one 
 # Words, order and right letter are drawn evenly.
 #
 # No two of the questions that these models get below share a prompt. Some are there to repair with, unlabelled, others
-# to test on, a few more as a guard (section 3). Most of those with four choices are new to the models. Those with two
-# are not: there are only 480 of them. Of those with three, half to all were seen in training, by the seed.
+# to test on, a few more as a guard (section 3). Many are not new to the models: there are 480 questions
+# with two choices and 10,080 with three, and training draws some ten thousands. With four there are 174,720.
 
 
 # %%
@@ -692,8 +692,8 @@ for name, results in tally.items():
 #   part does through later ones counts as theirs;
 # - that a low `anchored_bias_rate` means no bias (section 1).
 #
-# Options were left as they come, questions to fit and to test on are of one kind, and those with two choices, and most
-# of those with three, had been seen in training.
+# Options were left as they come, questions to fit and to test on are of one kind, and many of
+# those with two or three choices had been seen in training.
 #
 # Where to go next:
 # - your model: the recipes in the [README of anchored answers](../hf_ext/mcq_bias/README.md), and

@@ -258,3 +258,23 @@ def test_positions_of_a_wrong_shape(shape):
         call_attention(by_hand(NEW), position_ids=torch.zeros(shape, dtype=torch.long))
     assert str(shape) in str(caught.value)
     assert "(2, 8)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"scale_attn_weights": False}, {"scale_attn_by_inverse_layer_idx": True}], ids=str
+)
+def test_scaling_that_the_host_leaves_to_us_is_that_of_its_layer(flags):
+    """The GPT-2 of transformers 4 hands none over."""
+    layer = OddAttention()
+    vars(layer).update(flags, layer_idx=2)
+    factor = 1.0 if flags.get("scale_attn_weights") is False else 6**-0.5
+    factor /= 3 if flags.get("scale_attn_by_inverse_layer_idx") else 1
+    out, _ = call_attention(module=layer, scaling=None)
+    assert torch.equal(out, call_attention(module=layer, scaling=factor)[0])
+    assert not torch.equal(out, call_attention(module=layer, scaling=0.3)[0])
+
+
+def test_a_mask_of_heads_is_refused():
+    call_attention(head_mask=None)
+    with pytest.raises(AnchorUnsupportedError, match="head_mask"):
+        call_attention(head_mask=torch.ones(4))

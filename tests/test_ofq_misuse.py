@@ -1,7 +1,7 @@
 """What users type by mistake, and what other libraries do to a quantised model: each is refused with its cure."""
 
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -258,11 +258,31 @@ class Wrapper(nn.Module):
         return self.inner(x)
 
 
-def test_a_model_of_unknown_images_is_refused_without_a_hook_left_on_it():
-    model = Wrapper()
-    with pytest.raises(ValueError, match="does not tell the size of its images"):
+class Failing(Wrapper):
+    """Of known images, on which it does not run."""
+
+    pretrained_cfg: ClassVar = {"input_size": (3, 16, 16)}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("not on an image alone")
+
+
+def watched(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [(Wrapper, "does not tell the size of its images"), (Failing, "not on an image alone")]
+)
+def test_a_refused_model_keeps_no_hook(kind, text):
+    model = kind()
+    with pytest.raises(ValueError, match=text):
         quantize(model, OFQConfig())
-    assert not [module for module in model.modules() if module._forward_hooks or module._forward_pre_hooks]
+    assert not watched(model)
+
+
+def test_a_quantised_model_keeps_no_hook():
+    assert not watched(quantize(build("vit"), OFQConfig()))
 
 
 @pytest.mark.parametrize("save", [save_packed, export_fp])
@@ -281,11 +301,21 @@ def test_the_hook_of_the_distillation_comes_off():
     assert not model._forward_pre_hooks
 
 
-def test_a_model_of_another_library_is_not_overwritten(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="of another library than this model; name another folder"):
+@pytest.mark.parametrize("config", ['{"model_type": "llama"}', "{", "[]"], ids=["transformers", "damaged", "a list"])
+def test_a_model_of_something_else_is_not_overwritten(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ValueError, match="of no such model of full precision; name another folder"):
         export_fp(quantized()[0], tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_packed_model_is_not_overwritten_by_an_export_and_an_export_is(tmp_path):
+    model, _ = quantized()
+    save_packed(model, tmp_path / "packed")
+    with pytest.raises(ValueError, match="name another folder"):
+        export_fp(model, tmp_path / "packed")
+    for _ in range(2):
+        export_fp(model, tmp_path / "plain")
 
 
 def test_a_model_that_is_not_quantised_cannot_be_packed(tmp_path):

@@ -60,7 +60,7 @@ def anchor_attention_forward(
         raise unsupported(module, CONTEXT_PARALLEL)
     if kwargs.get("head_mask") is not None:
         raise unsupported(module, "head_mask is not available")
-    scaling = compat.attention_scaling(module, {"scaling": scaling}, query.shape[-1])
+    scaling = compat.attention_scaling(module, scaling, query.shape[-1])
     if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
         if key.shape[2] != query.shape[2]:
             refuse_packed(module, position_ids)

@@ -1,6 +1,5 @@
 """Paired timing and result tables for the benchmarks."""
 
-import ctypes
 import json
 import os
 import platform
@@ -189,17 +188,6 @@ def step(module: Any, x: Any, gradient: Any) -> None:
     module(x).backward(gradient)
     module.zero_grad(set_to_none=True)
     x.grad = None
-
-
-def keep_freed_memory() -> None:
-    """From now on, megabytes that are freed stay with this process (glibc).
-
-    Whether they go back to the system after each call is the chance of where they lie, and asking for them again costs
-    more than writing them. Cannot be undone.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-3, 2**30), mallopt(-1, 2**31 - 1)  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
 def cpu_seconds(function: Callable[[], object]) -> float:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_ext.bench import ofq_cuda
-from hf_ext.bench.harness import Row, compare, keep_freed_memory, often, step
+from hf_ext.bench.harness import Row, compare, often, step
 from hf_ext.ofq_quantizer import OFQConfig, calibrate, lsq_init, quantize, save_packed, statsq, to_int8
+from hf_ext.ofq_quantizer.integer import keep_freed_memory
 
 ARCHITECTURE = "deit_tiny_patch16_224"
 LINEAR, NAIVE = "nn.Linear", "fake quantisation by ordinary operations"
@@ -153,7 +154,7 @@ def deit(depth: int) -> nn.Module:
 
 def statsq_rows(quick: bool, repeats: int) -> Iterator[Row]:
     """StatsQ under torch.compile against a copy, and against a compiled copy: entering a graph costs both the same."""
-    keep_freed_memory()
+    keep_freed_memory()  # else page faults are timed, by the chance of where a tensor lies
     weight = torch.randn(768, 192 if quick else 3072)
     compiled, copied = (torch.compile(f, fullgraph=True) for f in (partial(statsq, bits=2), torch.clone))
     for name, peer, at_most in (("clone()", torch.clone, 1.5), ("clone(), compiled", copied, None)):

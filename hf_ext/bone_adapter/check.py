@@ -11,11 +11,11 @@ from hf_ext.bone_adapter.base import BaseModel, features, may_be_target, open_ba
 from hf_ext.bone_adapter.checkpoint import (
     BIAS,
     BLOCK,
-    OPTIONS,
     PREFIX,
     blocks_of,
     form_of,
     is_development_file,
+    meant_options,
     option_problems,
     path_of,
     read_directory,
@@ -24,7 +24,6 @@ from hf_ext.bone_adapter.checkpoint import (
     tensor_problems,
 )
 from hf_ext.bone_adapter.ops import block_shape
-from hf_ext.checks import nearest
 
 Shape = tuple[int | str, ...]
 
@@ -128,18 +127,13 @@ def config_problems(config: Mapping[str, Any]) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
     yield from option_problems(config)
-    for name, near in _meant(config).items():
+    for name, near in meant_options(config).items():
         if near:
             yield f"{name}: found an option of this name, expected {near}, which it seems to mean"
 
 
-def _meant(config: Mapping[str, Any]) -> dict[str, str | None]:
-    """{option that Bone has not: the one that it almost spells}. Real options of other methods differ by more."""
-    return {name: nearest(name, OPTIONS, likeness=0.88) for name in config if name not in OPTIONS}
-
-
 def _unknown_options(config: Mapping[str, Any]) -> Iterator[str]:
-    if names := sorted(_meant(config)):
+    if names := sorted(meant_options(config)):
         yield f"found options that Bone has not, which loading ignores: {', '.join(names)}"
 
 

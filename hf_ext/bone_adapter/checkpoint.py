@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Task
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_ext.checks import did_you_mean, listed
+from hf_ext.checks import did_you_mean, listed, nearest
 
 PREFIX = "base_model.model."  # of every key in a file
 BLOCK = "bone_block"
@@ -56,6 +56,11 @@ def form_of(init_weights: Any) -> str:
         return init_weights
     hint = did_you_mean(init_weights, ("true", "false", "bat", "bat_row"))
     raise ValueError(f'init_weights: found {init_weights!r}, expected true, false, "bat" or "bat_row"{hint}')
+
+
+def meant_options(config: Mapping[str, Any]) -> dict[str, str | None]:
+    """{option that Bone has not: the one that it almost spells}. Real options of other methods differ by more."""
+    return {name: nearest(name, OPTIONS, likeness=0.88) for name in config if name not in OPTIONS}
 
 
 def option_problems(config: Mapping[str, Any]) -> list[str]:

@@ -6,8 +6,8 @@ from typing import Any, Literal
 from peft.config import PeftConfig
 
 from hf_ext import compat
-from hf_ext.bone_adapter.checkpoint import BIAS, form_of, option_problems
-from hf_ext.checks import check_word, listed, nearest
+from hf_ext.bone_adapter.checkpoint import BIAS, form_of, meant_options, option_problems
+from hf_ext.checks import check_word, listed
 
 INIT_WEIGHTS = (True, False, "bat", "bat_row")
 
@@ -51,10 +51,9 @@ class BoneConfig(PeftConfig):
     target_parameters: InitVar[Any] = None
 
     def __new__(cls, *_: Any, **options: Any) -> "BoneConfig":
-        # PEFT leaves out of a file what a constructor does not know, with a warning only; not errors of another text.
-        known = [option.name for option in fields(cls)]
-        for name in options.keys() - {*known, "target_parameters"}:
-            if (near := nearest(name, known, likeness=0.88)) is not None:
+        # From a file, PEFT drops options that raise Python's own TypeError, and warns of a newer version.
+        for name, near in meant_options(options).items():
+            if near is not None:
                 raise TypeError(f"BoneConfig has no option {name!r}; did you mean {near!r}?")
         return super().__new__(cls)
 

@@ -1,6 +1,7 @@
 """transformers: its tables of quantisers, the hooks of one while a model is loaded or saved, and names of modules."""
 
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial, wraps
 from importlib import import_module
@@ -169,7 +170,7 @@ def _to_own_names(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) 
             state_dict.setdefault(renamed, state_dict.pop(key))
 
 
-class QuantizerHooks:
+class QuantizerHooks(ABC):
     """What transformers calls on a quantiser, in whichever version, as five methods. Goes before `HfQuantizer`.
 
     Up to 4.57 the names in the checkpoint arrive in `update_expected_keys`, and every floating tensor is cast to one
@@ -182,25 +183,25 @@ class QuantizerHooks:
     _missing_before_loading: set[str] | None = None
     _model: Any = None
 
+    @abstractmethod
     def convert(self, model: Any) -> None:
         """Turn a model without values (its parameters are on the meta device) into a quantised one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def owns(self, key: str) -> bool:
         """Whether only a checkpoint of this quantiser has a tensor of this name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def expect(self, model: Any) -> None:
         """Give the parameters the shapes of our own files, which are about to be loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finish(self, model: Any, missing: set[str]) -> None:
         """Undo `expect`, and give values to our tensors among `missing`, which no file gave."""
-        raise NotImplementedError
 
+    @abstractmethod
     def saved_state(self, model: Any) -> tuple[dict[str, Any], dict[str, str]]:
         """What goes into the files, and their metadata."""
-        raise NotImplementedError
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         _check_shapes()

@@ -39,13 +39,13 @@ def eager_attention(module: Any) -> Callable:
     raise ValueError(f"{type(module).__module__} has no eager attention function for {type(module).__name__}")
 
 
-def attention_scaling(module: Any, options: Mapping[str, Any], width: int) -> float:
-    """The factor of the scores, from the keywords of an attention function; width: of a head.
+def attention_scaling(module: Any, scaling: float | None, width: int) -> float:
+    """The factor of the scores, from the keyword `scaling` of an attention function; width: of a head.
 
     The GPT-2 of transformers 4 passes none, and leaves it to the function. Goes when 5.0 is the lowest version.
     """
-    if options.get("scaling") is not None:
-        return options["scaling"]
+    if scaling is not None:
+        return scaling
     scaling = width**-0.5 if getattr(module, "scale_attn_weights", True) else 1.0
     return scaling / (module.layer_idx + 1) if getattr(module, "scale_attn_by_inverse_layer_idx", False) else scaling
 

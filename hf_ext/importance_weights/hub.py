@@ -44,6 +44,9 @@ class SavedWeights:
         """Write config.json, importance.safetensors, keys.arrow and history.json into a folder.
 
         And README.md, a card, unless somebody's own is there.
+
+        Raises:
+            RuntimeError: there is no fit yet. ValueError: the folder has a config.json of something else.
         """
         directory, state = Path(directory), self._fitted
         saving.write(directory, self.config, state)

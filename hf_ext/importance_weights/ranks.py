@@ -7,6 +7,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from hf_ext.importance_weights.columns import MissingColumnError
+
 Result = TypeVar("Result")
 
 
@@ -83,5 +85,5 @@ class Ranks:
 
 def _kind(error: Exception) -> type[Exception]:
     """What another rank raises: an exception of a library's own may not be made from its text."""
-    known = (TypeError, ValueError, FileNotFoundError, OSError)
+    known = (MissingColumnError, TypeError, ValueError, FileNotFoundError, OSError)
     return next((kind for kind in known if isinstance(error, kind)), RuntimeError)

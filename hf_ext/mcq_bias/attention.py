@@ -172,7 +172,7 @@ def recalibrated_attention_forward(
     if not watchers:
         return compat.eager_attention(module)(module, query, key, value, attention_mask, **options)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * compat.attention_scaling(module, options, query.shape[-1])
+    scores = query @ key.transpose(2, 3) * compat.attention_scaling(module, options.get("scaling"), query.shape[-1])
     if attention_mask is not None:
         attention_mask = attention_mask[..., : key.shape[2]]
         scores = scores + attention_mask

@@ -54,7 +54,7 @@ def to_int8(model: nn.Module) -> nn.Module:
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ValueError(f"to_int8 makes a model for the CPU, and this one is on {device}; move it with model.cpu()")
-    _keep_freed_memory()
+    keep_freed_memory()
     integer = frozen_copy(model)
     for switches in quantized_switches(integer):
         switches.integer = True
@@ -284,7 +284,7 @@ def _products_saturate() -> bool:
     return int(torch._int_mm(largest, largest)[0, 0]) != 32 * 127**2
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc keep what a layer frees for the next: it does after one block as large as this was freed.
 
     Else it returns memory at the end of its heap to the system, and having it back costs a fifth of a forward.

@@ -10,6 +10,8 @@ from torch import nn
 from hf_ext import compat
 from hf_ext.ofq_quantizer.probe import timm_model
 
+FORMAT = "ofq_packed"  # what the config of a packed model says
+
 
 def describe(model: nn.Module, model_args: dict[str, Any] | None = None) -> dict[str, Any]:
     """JSON from which `build` makes the model again, with random weights.
@@ -57,14 +59,22 @@ def save_plain(model: nn.Module, directory: str | Path, model_args: dict[str, An
     Raises:
         ValueError: the folder has the model of another library, or a packed one.
     """
-    config = Path(directory, "config.json")
-    mark = "architecture" if timm_model(model) is model else "model_type"
-    if config.exists() and f'"{mark}"' not in config.read_text(encoding="utf-8", errors="replace"):
-        raise ValueError(f"{config} is there, and of another library than this model; name another folder")
-    if timm_model(model) is model:
+    file, of_timm = Path(directory, "config.json"), timm_model(model) is model
+    if file.exists() and not _is_plain(file, "architecture" if of_timm else "model_type"):
+        raise ValueError(f"{file} is there, and of no such model of full precision; name another folder")
+    if of_timm:
         compat.save_timm_model(model, directory, model_args)
     else:
         model.save_pretrained(directory)
+
+
+def _is_plain(file: Path, mark: str) -> bool:
+    """Whether it is a config of the library that has `mark` in all of its own, and not of a packed model."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and mark in config and config.get("format") != FORMAT
 
 
 def _stock_class(model: nn.Module) -> type:

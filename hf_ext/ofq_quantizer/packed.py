@@ -16,7 +16,7 @@ from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
 from hf_ext.ofq_quantizer.freezing import drop_latents, freeze, frozen_copy, require_finite_weights
 from hf_ext.ofq_quantizer.frozen import FrozenWeight
-from hf_ext.ofq_quantizer.origin import build, describe, save_plain
+from hf_ext.ofq_quantizer.origin import FORMAT, build, describe, save_plain
 from hf_ext.ofq_quantizer.packed_card import packed_card
 from hf_ext.ofq_quantizer.packing import pack_codes, unpack_codes
 from hf_ext.ofq_quantizer.probe import image_shape
@@ -24,7 +24,6 @@ from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
 # Stops whoever takes the folder for a checkpoint of its own: timm by the architecture, the automatic classes of
 # transformers by the type of model, and its other classes, which would start anew what they miss, by the dtype.
-FORMAT = "ofq_packed"
 STOPS = dict.fromkeys(("format", "architecture", "model_type", "dtype"), FORMAT)
 CONFIG, TENSORS = "config.json", "model.safetensors"
 VERSION = 2
@@ -168,7 +167,7 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
 
     Raises:
         ValueError: the model is not quantised, has no latent weights any more or NaN or inf in them, or cannot be built
-            again.
+            again; or the folder has a config.json of something else.
     """
     require_finite_weights(model)
     if any(isinstance(module, FrozenWeight) for module in model.modules()):
