@@ -605,3 +605,8 @@ def test_an_exported_graph_takes_any_number_of_images():
     assert not [node for node in exported.graph.nodes if "hf_ext" in str(node.target)]
     images = torch.randn(9, N, IN)
     assert torch.allclose(exported.module()(images), block(images), atol=1e-5)
+
+
+def test_the_operator_of_compiled_graphs_keeps_the_rules_of_operators():
+    for weight in (torch.randn(6, 50), torch.randn(50, 6).T):
+        torch.library.opcheck(torch.ops.hf_ext.ofq_statsq.default, (weight, 2, 2.0))

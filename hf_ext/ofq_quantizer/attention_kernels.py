@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_ext.ofq_quantizer import kernels
 from hf_ext.ofq_quantizer.kernels import Activation, code_range, memory, run, span
-from hf_ext.ofq_quantizer.loops import ZERO, Array, added, clamped, compiled, rounded, stored, summed
+from hf_ext.ofq_quantizer.loops import ZERO, Array, added, clamped, compiled, stored, summed
 
 # Entries of the probabilities of a few images.
 _CHUNK = 2**18
@@ -105,7 +105,7 @@ def _divide(p, scale, v) -> None:
 @compiled
 def _mask(v, high, scale, g, terms) -> None:
     for m in range(v.size):
-        inside, q = (v[m] >= ZERO) & (v[m] <= high), rounded(clamped(v[m], ZERO, high))
+        inside, q = (v[m] >= ZERO) & (v[m] <= high), np.rint(clamped(v[m], ZERO, high))
         terms[m] = g[m] * (q - (v[m] if inside else ZERO))
         g[m] = g[m] if inside else ZERO
         v[m] = q * scale

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from numba import float32, njit
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 Array = np.ndarray
 Layout = tuple[tuple[int, int, int], tuple[int, int, int]]  # (n1, n2, width), strides of n0, n1, n2
@@ -22,7 +22,7 @@ Quantizer = tuple[Array, bool, Array, np.float32, np.float32]
 
 ZERO, HALF, ONE, TWO, NAN = (np.float32(value) for value in (0, 0.5, 1, 2, np.nan))
 TINY = np.finfo(np.float32).tiny
-_ROUNDER = np.float32(1.5 * 2**23)  # adding and subtracting it rounds half to even
+LARGE = np.float32(2**60)  # far from where products overflow; its inverse, from where remainders underflow
 
 
 def _can_keep() -> bool:
@@ -58,9 +58,10 @@ def clamped(v, low, high) -> np.float32:
     return high if v > high else v
 
 
-@compiled
-def rounded(v) -> np.float32:
-    return (v + _ROUNDER) - _ROUNDER
+@intrinsic
+def fused(typing, a, b, c) -> Any:
+    """a b + c, rounded once."""
+    return a(a, a, a), lambda context, builder, signature, values: builder.fma(*values)
 
 
 def stored(value: np.float32, row: Array) -> np.float32 | np.int32:
@@ -88,7 +89,7 @@ def _divide(x, shift, scale, v) -> None:
 def _round(v, low, high, minus, values) -> np.float32:
     total = ZERO
     for c in range(v.size):
-        q = rounded(clamped(v[c], low, high))
+        q = np.rint(clamped(v[c], low, high))
         total = added(total, q)
         values[c] = q - minus
     return total
@@ -142,7 +143,7 @@ def quantize(
 @compiled
 def _rescale(v, low, high, scale, offset, out) -> None:
     for c in range(v.size):
-        out[c] = rounded(clamped(v[c], low, high)) * scale[c] + offset[c]
+        out[c] = np.rint(clamped(v[c], low, high)) * scale[c] + offset[c]
 
 
 @compiled
@@ -168,7 +169,7 @@ def dequantize(start: int, stop: int, x: Array, layout: Layout, how: Quantizer, 
 def _mask(v, low, high, gain, g, terms) -> None:
     for c in range(v.size):
         d, inside = g[c] * gain, (v[c] >= low) & (v[c] <= high)
-        terms[c] = d * (rounded(clamped(v[c], low, high)) - (v[c] if inside else ZERO))
+        terms[c] = d * (np.rint(clamped(v[c], low, high)) - (v[c] if inside else ZERO))
         g[c] = d if inside else ZERO
 
 
@@ -244,6 +245,25 @@ def _position(w, divisor, n, high) -> np.float32:
 
 
 @compiled
+def _levels(row, divisor, n, high, gap, new) -> None:
+    for c in range(row.size):
+        new[c] = (np.rint(_position(row[c], divisor, n, high)) + HALF) * gap
+
+
+@compiled
+def _levels_by_product(row, divisor, n, high, gap, new) -> None:
+    """The same without divisions: the quotient is that of a division wherever a level depends on its last bit.
+
+    That is next to the integers below 2^7 and to 2^-25; tests take every float32 there with every divisor.
+    """
+    inverse = ONE / divisor
+    for c in range(row.size):
+        v = row[c] * inverse
+        v = fused(fused(-divisor, v, row[c]), inverse, v)
+        new[c] = fused(np.rint(clamped(v, -n, high) - HALF), gap, HALF * gap)
+
+
+@compiled
 def statsq(
     start: int,
     stop: int,
@@ -257,13 +277,16 @@ def statsq(
     step: Array,
 ) -> None:
     """out: odd integers 2c + 1, float32 or int8, or their products with the steps s / 2n."""
+    in_range = columns * n < coefficient * LARGE  # no |w| exceeds the row's sum
     for r in range(start, stop):
         row, new = w[r * columns : (r + 1) * columns], out[r * columns : (r + 1) * columns]
         s = _scale_of(row, coefficient)
         step[r] = s / (TWO * n)
-        divisor, factor = _divisor(s, n), ONE if integers else step[r]
-        for c in range(columns):
-            new[c] = (rounded(_position(row[c], divisor, n, high)) * TWO + ONE) * factor
+        divisor, gap = _divisor(s, n), TWO if integers else TWO * step[r]
+        if in_range and ONE / LARGE < divisor < LARGE:
+            _levels_by_product(row, divisor, n, high, gap, new)
+        else:
+            _levels(row, divisor, n, high, gap, new)
 
 
 @compiled
