@@ -43,6 +43,7 @@ def test_it_runs_and_every_check_holds(quick):
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((out / "results.json").read_text())
     assert all(method["passed"] for method in results.values())
+    assert done.stdout.count(f"{sys.executable} ") <= 12  # a process spends seconds on imports
     anchor = results["--attn_implementation anchor"]
     assert anchor["leak"] == 0.0 < anchor["stock_leak"]
     assert anchor["distance_from_dense"] < 1e-3
@@ -370,7 +371,9 @@ def _keep(out: Path, kept: Callable[[int], bool]) -> None:
 
 
 def answers_no_better(out: Path) -> None:
-    shutil.copy(out / "runs" / "all" / "results.json", out / "runs" / "learned" / "results.json")
+    results = out / "runs" / "learned" / "results.json"
+    found = json.loads(results.read_text())
+    results.write_text(json.dumps(found | {"accuracy": found["accuracy_of_all"]}))
 
 
 IMPORTANCE_FAULTS = {
@@ -401,16 +404,20 @@ def test_the_accuracies_are_those_of_votes_by_hand(quick):
     _, out = quick
     data = load_from_disk(str(out / "documents")).with_format("numpy")
     questions, wanted = data["test"]["embedding"][:], data["test"]["answer"][:]
-    for name in importance.RUNS:
-        kept = load_from_disk(str(out / "runs" / name / "corpus")) if name != "all" else data["corpus"]
-        rows = kept.with_format("numpy")[:]
-        right = 0
+
+    def share_right(corpus):
+        rows, right = corpus.with_format("numpy")[:], 0
         for question, answer in zip(questions.astype(float), wanted, strict=True):
             scores = rows["embedding"].astype(float) @ question
             nearest = sorted(range(len(scores)), key=lambda row: (-scores[row], row))[:10]
             right += Counter(rows["answer"][nearest].tolist()).most_common(1)[0][0] == answer
+        return pytest.approx(right / len(wanted))
+
+    of_all = share_right(data["corpus"])
+    for name in importance.RUNS:
+        kept = load_from_disk(str(out / "runs" / name / "corpus"))
         results = json.loads((out / "runs" / name / "results.json").read_text())
-        assert results == {"accuracy": pytest.approx(right / len(wanted)), "documents": len(kept)}
+        assert results == {"accuracy_of_all": of_all, "accuracy": share_right(kept), "documents": len(kept)}
 
 
 def test_planted_sources_and_no_others_lie(quick):

@@ -1,12 +1,11 @@
 """Answer questions by a vote of the nearest documents: an ordinary script of `datasets`, to copy and to change.
 
-    python answer.py --dataset documents --output_dir runs/all
     python answer.py --dataset documents --output_dir runs/some --score package.module:Class --score_kwargs k=10
 
 The data set is a folder written by `datasets` with the splits "corpus" (columns id, source, embedding, answer) and
-"fit", "tune" and "test" (columns embedding, answer). --score names a class that learns which documents to keep. Its
-objects have fit(rows), tune_threshold(rows), prune(corpus) and save_pretrained(folder), and can be given to
-corpus.map. rows are questions with the lists retrieved, source, answers and utility, best document first.
+"fit", "tune" and "test" (columns embedding, answer). --score names a class that learns which documents to keep; without
+it all are. Its objects have fit(rows), tune_threshold(rows), prune(corpus) and save_pretrained(folder), and can be
+given to corpus.map. rows are questions with the lists retrieved, source, answers and utility, best document first.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from tqdm import tqdm
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="folder of the data set")
-    parser.add_argument("--score", help="class that weighs documents, as package.module:Class; none: all are kept")
+    parser.add_argument("--score", help="class that weighs documents, as package.module:Class")
     parser.add_argument("--score_kwargs", nargs="*", default=[], metavar="NAME=VALUE", help="options of that class")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--k", type=int, default=10, help="how many documents vote")
@@ -58,10 +57,10 @@ def judged(corpus: Dataset, questions: Dataset, k: int) -> Dataset:
     )
 
 
-def accuracy(corpus: Dataset, questions: Dataset, k: int) -> float:
+def accuracy(corpus: Dataset, questions: Dataset, k: int, progress: bool = False) -> float:
     """Share of the questions for which the most frequent answer of k documents is right; ties to the nearest."""
     answers = np.array(corpus["answer"])[nearest(corpus, questions, k)].tolist()
-    votes = [max(given, key=given.count) for given in tqdm(answers)]
+    votes = [max(given, key=given.count) for given in tqdm(answers, disable=not progress)]
     return float(np.mean(np.array(votes) == np.array(questions["answer"])))
 
 
@@ -69,6 +68,7 @@ def main() -> None:
     args = parse_arguments()
     data = load_from_disk(args.dataset)
     corpus = data["corpus"]
+    results = {"accuracy_of_all": accuracy(corpus, data["test"], args.k)}
     if args.score:
         options = dict(option.split("=", 1) for option in args.score_kwargs)
         weights = pkgutil.resolve_name(args.score)(**{name: value(text) for name, text in options.items()})
@@ -78,7 +78,7 @@ def main() -> None:
         weights.save_pretrained(args.output_dir)
         corpus.save_to_disk(Path(args.output_dir, "corpus"))
 
-    results = {"accuracy": accuracy(corpus, data["test"], args.k), "documents": len(corpus)}
+    results |= {"accuracy": accuracy(corpus, data["test"], args.k, progress=True), "documents": len(corpus)}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1))
 
