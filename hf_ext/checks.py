@@ -1,9 +1,11 @@
 """Checks of what users give, and what an error says of it: the value, what is allowed, what was probably meant."""
 
+import json
 import math
 from collections.abc import Collection, Iterable
 from difflib import get_close_matches
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 
@@ -54,6 +56,24 @@ def refuse_unknown(given: Iterable[str], known: Collection[str], what: str, kind
     for name in given:
         if name not in known:
             raise ValueError(f"unknown {kind} {name!r} of {what}; known are {listed(name, known)}")
+
+
+def read_object(file: Path, writer: str) -> dict[str, Any]:
+    """The JSON object in a file that `writer` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it holds something else.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file.parent} holds no {file.name}; a folder written by {writer} is expected")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged, or of something else: it is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is damaged, or of something else: it holds a {type(value).__name__}, not an object")
+    return value
 
 
 def listed(value: Any, allowed: Collection[Any], others: str = "") -> str:

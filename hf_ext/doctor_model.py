@@ -1,12 +1,11 @@
 """`hf-ext doctor --model DIR`: which of our strings a model folder carries, and whether they take effect here."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_ext import compat, registry
-from hf_ext.checks import did_you_mean
+from hf_ext.checks import did_you_mean, read_object
 
 FOREIGN = "not a name of hf_ext"
 OFF = "autoload is off: `import hf_ext` in the script"
@@ -23,7 +22,7 @@ def examine_model(folder: Path, channel: str) -> dict[str, Any]:
         raise ValueError(f"--model {folder}: there is no config.json in it, and no adapter_config.json")
     strings = []
     for name, file in files.items():
-        config = _object(file, folder)
+        config = read_object(file, "save_pretrained")
         for key, value, host in _strings(config):
             reason = _why_no_effect(value, host, folder, channel) or _why_invalid(host, config)
             strings.append({"file": name, "key": key, "value": value, "effective": not reason, "reason": reason})
@@ -37,16 +36,6 @@ def model_problems(model: dict[str, Any] | None) -> list[str]:
         for string in (model["strings"] if model else [])
         if not string["effective"] and string["reason"] != FOREIGN
     ]
-
-
-def _object(file: Path, folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--model {folder}: {file.name} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"--model {folder}: {file.name} holds a {type(config).__name__}, not an object")
-    return config
 
 
 def _strings(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -119,3 +119,28 @@ def test_a_device_without_autocast_has_none_to_switch_off():
 
 def test_a_number_beyond_floats_is_none():
     assert not checks.is_number(10**400)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", r"is not JSON \(Expecting property name"),
+        (b"\xff", r"is not JSON \('utf-8' codec can't decode"),
+        (b"[1]", "holds a list, not an object"),
+        (b"null", "holds a NoneType, not an object"),
+    ],
+    ids=["cut", "bytes", "list", "null"],
+)
+def test_a_file_without_an_object_is_named(tmp_path, content, said):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{file} is damaged, or of something else: it {said}"):
+        checks.read_object(file, "save_packed")
+
+
+def test_an_object_is_read_and_its_lack_named(tmp_path):
+    file = tmp_path / "config.json"
+    with pytest.raises(OSError, match=f"^{tmp_path} holds no config.json; a folder written by save_packed is expected"):
+        checks.read_object(file, "save_packed")
+    file.write_text('{"größe": 1}', encoding="utf-8")
+    assert checks.read_object(file, "save_packed") == {"größe": 1}

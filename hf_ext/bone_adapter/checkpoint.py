@@ -14,7 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Task
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_ext.checks import did_you_mean, listed, nearest
+from hf_ext.checks import did_you_mean, listed, nearest, read_object
 
 PREFIX = "base_model.model."  # of every key in a file
 BLOCK = "bone_block"
@@ -164,13 +164,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{directory} has no {CONFIG_NAME}: it is not the directory of an adapter")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a {type(config).__name__}, expected a JSON object")
-    return config
+    return read_object(path, "save_pretrained")
 
 
 def _read_tensors(directory: Path) -> dict[str, Tensor]:

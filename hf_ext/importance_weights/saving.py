@@ -12,6 +12,7 @@ import pyarrow as pa
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from hf_ext.checks import read_object
 from hf_ext.importance_weights.config import ImportanceConfig
 from hf_ext.importance_weights.list_kernels import mix_slots
 from hf_ext.importance_weights.lists import Lists, compact
@@ -85,13 +86,8 @@ def write(folder: Path, config: ImportanceConfig, state: State) -> None:
 
 
 def read(folder: Path) -> tuple[ImportanceConfig, State]:
-    if not (folder / CONFIG).is_file():
-        raise OSError(f"{folder} holds no {CONFIG}; a folder written by ImportanceWeights.save_pretrained is expected")
-    try:
-        options = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        version = options.pop("format_version")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / CONFIG} is damaged, or of something else: {error!r}") from None
+    options = read_object(folder / CONFIG, "ImportanceWeights.save_pretrained")
+    version = options.pop("format_version", None)
     if version != FORMAT:
         raise ValueError(
             f"{folder} is of format {version!r}, and this version of hf_ext reads {FORMAT}; a higher one takes a newer "

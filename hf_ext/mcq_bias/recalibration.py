@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_ext.checks import check_word, is_integer, refuse_unknown
+from hf_ext.checks import check_word, is_integer, read_object, refuse_unknown
 from hf_ext.mcq_bias.attention import LastQuery, watched_attention
 from hf_ext.mcq_bias.batches import asked_rows
 from hf_ext.mcq_bias.examples import WHERE
@@ -59,16 +59,7 @@ class RecalibrationConfig:
             ValueError: it is no JSON object, lacks an option, or holds an unknown one or an unknown value.
         """
         file = Path(path, FILE)
-        if not file.is_file():
-            raise OSError(
-                f"{path} holds no {FILE}; a folder written by RecalibrationConfig.save_pretrained is expected"
-            )
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged, or of something else: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} holds {values!r}, and an object of options is expected")
+        values = read_object(file, "RecalibrationConfig.save_pretrained")
         known = [option.name for option in fields(cls)]
         refuse_unknown(values, known, str(file))
         try:

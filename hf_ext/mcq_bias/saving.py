@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from hf_ext import compat
+from hf_ext.checks import read_object
 from hf_ext.mcq_bias.letters import choice_index
 
 FILE, ADAPTER = "mcq_bias.json", "adapter_model.safetensors"
@@ -98,10 +99,8 @@ def load_mitigation(
         local_files_only=local_files_only,
     )
     file = folder / FILE
-    if not file.is_file():
-        raise OSError(f"{path} holds no {FILE}; a folder written by save_mitigation is expected")
+    facts = read_object(file, "save_mitigation")
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
         for name in ("edited", "edited_heads"):  # JSON knows no integers as keys
             facts[name] = {int(layer): indices for layer, indices in facts[name].items()}
         set(facts["fit_prompts"])

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_ext import compat
+from hf_ext.checks import read_object
 from hf_ext.ofq_quantizer.checkpoints import CURE, later_layers
 from hf_ext.ofq_quantizer.config import OFQConfig
 from hf_ext.ofq_quantizer.convert import quantize, quantized_switches
@@ -183,13 +184,8 @@ def export_fp(model: nn.Module, directory: str | Path, model_args: dict[str, Any
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path}; a folder written by save_packed has one") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is no JSON ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_object(path, "save_packed")
+    if config.get("format") != FORMAT:
         raise ValueError(f"{path.parent} was not written by save_packed: its {CONFIG} does not say {FORMAT!r}")
     version = config.get("format_version")
     if version != VERSION:
