@@ -170,7 +170,7 @@ def memory_of(method: str, case: str, shrink: int) -> float:
 
 
 def _memory(shrink: int, most: int | None) -> Iterator[Row]:
-    """most: of the cases and forms; every process takes seconds to start."""
+    """most: of the cases, forms and peers; every process takes seconds to start."""
     if not Path("/proc/self/status").exists():
         yield Row("peak memory of a training step", "", skipped="needs Linux's /proc")
         return
@@ -183,7 +183,7 @@ def _memory(shrink: int, most: int | None) -> Iterator[Row]:
         return float(done.stdout)
 
     for case in list(CASES)[:most]:
-        peers = {peer: fresh(peer, case) for peer in (FROZEN, LORA, OLD)}
+        peers = {peer: fresh(peer, case) for peer in (FROZEN, LORA, OLD)[:most]}
         for form in list(FORMS)[:most]:
             ours = fresh(form, case)
             for peer, theirs in peers.items():

@@ -27,7 +27,7 @@ def rows(quick: bool = False) -> Iterator[Row]:
     yield from metric_rows(20_000 if quick else 1_000_000, repeats)
     yield loops_row(1_000 if quick else 20_000, repeats)
     yield attribution_row(2 if quick else 12, repeats)
-    yield from repair_rows(300 if quick else 1500)
+    yield from repair_rows(100 if quick else 1500)
 
 
 # --- the metric

@@ -3,9 +3,7 @@
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import partial
 
 from hf_ext.bench.harness import Row
 from hf_ext.registry import TABLE
@@ -45,20 +43,22 @@ print(sys.modules["hf_ext._autoload"].CPU_SECONDS["{module}"])
 
 
 def rows(quick: bool = False) -> Iterator[Row]:
-    """Least CPU seconds of several fresh processes, those with and without the hook in turn."""
+    """Least CPU seconds of several fresh processes, those with and without the hook in turn.
+
+    `quick`: of one process each, and of one host.
+    """
     repeats = 1 if quick else 7
-    with tempfile.TemporaryDirectory() as bytecode:  # compiled once, as in an installed package
-        run = partial(_seconds, bytecode)
-        run(_HOOK)
-        hook, off = _interleaved(lambda: run(_HOOK), lambda: run(_HOOK, HF_EXT_AUTOLOAD="0"), repeats)
-        yield _at_most("hook at the end of `import torch`", hook, "HF_EXT_AUTOLOAD=0", off, 2e-3)
-        later = min(run(_LATER) for _ in range(repeats))
-        yield _at_most("what each later import of another module pays", later, "", None, 1e-6)
-        import_alone = min(run(_IMPORT) for _ in range(repeats))
-        yield _at_most("`import hf_ext` in a fresh process", import_alone, "", None, 5e-3)
-        for module in dict.fromkeys(row.module for row in TABLE if row.when == "after"):
-            added = min(run(_FIRST_FIRE.format(module=module)) for _ in range(1 if quick else 3))
-            yield _at_most(f"adding the names to {module}", added, "", None, 30e-3)
+    _seconds(_HOOK)  # which compiles what it imports, as an installed package is
+    hook, off = _interleaved(lambda: _seconds(_HOOK), lambda: _seconds(_HOOK, HF_EXT_AUTOLOAD="0"), repeats)
+    yield _at_most("hook at the end of `import torch`", hook, "HF_EXT_AUTOLOAD=0", off, 2e-3)
+    later = min(_seconds(_LATER) for _ in range(repeats))
+    yield _at_most("what each later import of another module pays", later, "", None, 1e-6)
+    import_alone = min(_seconds(_IMPORT) for _ in range(repeats))
+    yield _at_most("`import hf_ext` in a fresh process", import_alone, "", None, 5e-3)
+    hosts = dict.fromkeys(row.module for row in TABLE if row.when == "after")
+    for module in list(hosts)[: 1 if quick else None]:
+        added = min(_seconds(_FIRST_FIRE.format(module=module)) for _ in range(1 if quick else 3))
+        yield _at_most(f"adding the names to {module}", added, "", None, 30e-3)
 
 
 def _at_most(what: str, ours: float, peer_name: str, peer: float | None, limit: float) -> Row:
@@ -71,8 +71,7 @@ def _interleaved(a: Callable[[], float], b: Callable[[], float], repeats: int) -
     return min(x for x, _ in pairs), min(y for _, y in pairs)
 
 
-def _seconds(bytecode: str, code: str, **env: str) -> float:
+def _seconds(code: str, **env: str) -> float:
     inherited = {k: v for k, v in os.environ.items() if k not in ("HF_EXT_AUTOLOAD", "PYTHONDONTWRITEBYTECODE")}
-    environment = inherited | {"PYTHONPYCACHEPREFIX": bytecode} | env
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], env=inherited | env, capture_output=True, text=True, check=True)
     return float(done.stdout)

@@ -213,7 +213,7 @@ def _require_free(directory: Path) -> None:
 
 def _digest(path: Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}; a folder written by save_packed has one")
+        raise FileNotFoundError(f"{path.parent} holds no {path.name}; a folder written by save_packed is expected")
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
