@@ -28,7 +28,7 @@ from hf_ext.ofq_quantizer import IntegerWeight, load_packed
 
 
 def hf_ext(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", "from hf_ext.cli import main; main()", *arguments]
+    command = [str(Path(sys.executable).with_name("hf-ext")), *arguments]
     return subprocess.run(command, cwd=cwd, env=os.environ | env, capture_output=True, text=True)
 
 

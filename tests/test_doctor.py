@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hf_ext import compat, doctor, registry
 
 
+@cache  # each run starts two processes
 def run_doctor(*arguments: str, **env: str) -> tuple[int, dict]:
     command = [sys.executable, "-c", "from hf_ext.cli import main; main()", "doctor", "--json", *arguments]
     done = subprocess.run(command, env=os.environ | env, capture_output=True, text=True)
