@@ -367,6 +367,12 @@ def test_newer_format(saved, version):
         ImportanceWeights.from_pretrained(saved)
 
 
+def test_config_of_something_else(saved):
+    (saved / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match=r"config\.json is damaged, or of something else: it lacks 'format_version'"):
+        ImportanceWeights.from_pretrained(saved)
+
+
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "half of it": lambda content: content[: len(content) // 2],
     "empty": lambda content: b"",

@@ -4,6 +4,9 @@ There are three ways through an operation: tensor functions (any device, compile
 products of float32 or of int8. Whatever is rounded must not depend on the way.
 """
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -609,4 +612,15 @@ def test_an_exported_graph_takes_any_number_of_images():
 
 def test_the_operator_of_compiled_graphs_keeps_the_rules_of_operators():
     for weight in (torch.randn(6, 50), torch.randn(50, 6).T):
-        torch.library.opcheck(torch.ops.hf_ext.ofq_statsq.default, (weight, 2, 2.0))
+        torch.library.opcheck(kernels.compiled_statsq, (weight, 2, 2.0))
+    assert torch.Tag.pt2_compliant_tag in torch.ops.hf_ext.ofq_statsq.default.tags
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        kernels.compiled_statsq(torch.randn(6, 50, requires_grad=True), 2, 2.0).sum().backward()
+
+
+def test_the_operator_can_be_registered_again():
+    """Test tools purge `sys.modules`, and an import may be interrupted."""
+    code = "import sys; import hf_ext.ofq_quantizer.kernels as kernels; del sys.modules[kernels.__name__]; "
+    code += "import hf_ext.ofq_quantizer.kernels as again; assert again is not kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

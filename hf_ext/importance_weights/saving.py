@@ -87,7 +87,9 @@ def write(folder: Path, config: ImportanceConfig, state: State) -> None:
 
 def read(folder: Path) -> tuple[ImportanceConfig, State]:
     options = read_object(folder / CONFIG, "ImportanceWeights.save_pretrained")
-    version = options.pop("format_version", None)
+    if "format_version" not in options:
+        raise ValueError(f"{folder / CONFIG} is damaged, or of something else: it lacks 'format_version'")
+    version = options.pop("format_version")
     if version != FORMAT:
         raise ValueError(
             f"{folder} is of format {version!r}, and this version of hf_ext reads {FORMAT}; a higher one takes a newer "

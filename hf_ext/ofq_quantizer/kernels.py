@@ -138,24 +138,15 @@ def near_threshold(weight: Tensor, bits: int, coefficient: float, reach: float) 
     return out
 
 
-# Not by `torch.library.custom_op`, whose checks of each call take as long as a small weight does.
-_OPERATORS = torch.library.Library("hf_ext", "FRAGMENT")
-_OPERATORS.define("ofq_statsq(Tensor weight, int bits, float coefficient) -> Tensor")
-
-
-@torch.library.impl(_OPERATORS, "ofq_statsq", "CPU")
-def _(weight: Tensor, bits: int, coefficient: float) -> Tensor:
+@torch.library.custom_op("hf_ext::ofq_statsq", mutates_args=())
+def compiled_statsq(weight: Tensor, bits: int, coefficient: float) -> Tensor:
+    """The quantised weight, for graphs that torch compiles itself: its own code takes twice as long."""
     return statsq(weight, bits, coefficient, integers=False)[0]
 
 
-@torch.library.register_fake("hf_ext::ofq_statsq", lib=_OPERATORS)
+@compiled_statsq.register_fake
 def _(weight: Tensor, bits: int, coefficient: float) -> Tensor:
     return torch.empty_like(weight, memory_format=torch.contiguous_format)
-
-
-def compiled_statsq(weight: Tensor, bits: int, coefficient: float) -> Tensor:
-    """The quantised weight, for graphs that torch compiles itself: its own code takes twice as long."""
-    return torch.ops.hf_ext.ofq_statsq.default(weight, bits, coefficient)
 
 
 def accept_compiled(weight: Tensor) -> bool:

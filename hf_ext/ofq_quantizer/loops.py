@@ -8,10 +8,12 @@ groups or rows `start` to `stop`. It is made of short loops over one row, since 
 over more than a few arrays is therefore not vectorised.
 """
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite.binding import get_host_cpu_features
 from numba import float32, njit
 from numba.extending import intrinsic, overload
 
@@ -23,6 +25,10 @@ Quantizer = tuple[Array, bool, Array, np.float32, np.float32]
 ZERO, HALF, ONE, TWO, NAN = (np.float32(value) for value in (0, 0.5, 1, 2, np.nan))
 TINY = np.finfo(np.float32).tiny
 LARGE = np.float32(2**60)  # far from where products overflow; its inverse, from where remainders underflow
+
+
+# Without this instruction each `fused` is a call of a function. Processors other than x86-64 have it.
+_FUSES = platform.machine().lower() not in ("x86_64", "amd64") or get_host_cpu_features().get("fma", False)
 
 
 def _can_keep() -> bool:
@@ -277,7 +283,7 @@ def statsq(
     step: Array,
 ) -> None:
     """out: odd integers 2c + 1, float32 or int8, or their products with the steps s / 2n."""
-    in_range = columns * n < coefficient * LARGE  # no |w| exceeds the row's sum
+    in_range = _FUSES and columns * n < coefficient * LARGE  # no |w| exceeds the row's sum
     for r in range(start, stop):
         row, new = w[r * columns : (r + 1) * columns], out[r * columns : (r + 1) * columns]
         s = _scale_of(row, coefficient)
