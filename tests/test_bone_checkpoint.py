@@ -415,15 +415,15 @@ def test_truncated_weights(base, tmp_path, size, old):
         check_checkpoint(folder, base)
 
 
+NOT_JSON = r"/adapter_config\.json is damaged.*: it is not JSON \("
+
+
 @pytest.mark.parametrize(
     ("break_it", "text"),
     [
-        (lambda folder: cut(folder / "adapter_config.json", 40), r"config\.json is .*not JSON"),
-        (lambda folder: cut(folder / "adapter_config.json", 0), r"config\.json is .*not JSON"),
-        (
-            lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"),
-            r"config\.json is .*not JSON",
-        ),
+        (lambda folder: cut(folder / "adapter_config.json", 40), NOT_JSON),
+        (lambda folder: cut(folder / "adapter_config.json", 0), NOT_JSON),
+        (lambda folder: (folder / "adapter_config.json").write_bytes(b"\xff\xfe"), NOT_JSON),
         (lambda folder: (folder / "adapter_config.json").write_text("[1]"), r"holds a list, not an object"),
         (lambda folder: (folder / "adapter_config.json").unlink(), r"a has no adapter_config\.json"),
         (

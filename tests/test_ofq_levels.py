@@ -1,5 +1,9 @@
 """StatsQ without divisions: the levels are those of a division, for every divisor."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +46,17 @@ def test_every_divisor_has_the_levels_of_a_division(n, stride):
 
 def test_a_divisor_that_is_off_by_one_bit_is_seen():
     assert differing(2, 2**10, np.float32(1 + 2**-23)) > 2**13
+
+
+def test_nothing_has_to_be_compiled():
+    """As under a debugger, or where coverage is measured."""
+    weight = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    code = "import torch; from hf_ext.ofq_quantizer import statsq; g = torch.Generator().manual_seed(0); "
+    code += "print(statsq(torch.randn(4, 50, generator=g), 2).tolist())"
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(ops.statsq(weight, 2).tolist())
 
 
 @pytest.mark.parametrize("coefficient", [2.0, 1e-38, 1e25])

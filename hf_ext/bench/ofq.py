@@ -164,9 +164,8 @@ def statsq_rows(quick: bool, repeats: int) -> Iterator[Row]:
         torch.compile(partial(_each, f), fullgraph=True) for f in (partial(statsq, bits=2), torch.clone)
     )
     copy_each = partial(_each, torch.clone)
-    model = f"StatsQ of {several} weights 768 x {columns}, compiled"
     yield compare(
-        model,
+        f"StatsQ of {several} weights 768 x {columns}, compiled",
         partial(quantize, weights),
         partial(copy_each, weights),
         peer_name="clone() of each",

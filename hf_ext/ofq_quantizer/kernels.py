@@ -140,7 +140,7 @@ def near_threshold(weight: Tensor, bits: int, coefficient: float, reach: float) 
 
 @torch.library.custom_op("hf_ext::ofq_statsq", mutates_args=())
 def compiled_statsq(weight: Tensor, bits: int, coefficient: float) -> Tensor:
-    """The quantised weight, for graphs that torch compiles itself: its own code takes twice as long."""
+    """The quantised weight, for graphs that torch compiles itself: its own code is slower."""
     return statsq(weight, bits, coefficient, integers=False)[0]
 
 

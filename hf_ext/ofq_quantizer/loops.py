@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite.binding import get_host_cpu_features
-from numba import float32, njit
+from numba import config, float32, njit
 from numba.extending import intrinsic, overload
 
 Array = np.ndarray
@@ -26,9 +26,10 @@ ZERO, HALF, ONE, TWO, NAN = (np.float32(value) for value in (0, 0.5, 1, 2, np.na
 TINY = np.finfo(np.float32).tiny
 LARGE = np.float32(2**60)  # far from where products overflow; its inverse, from where remainders underflow
 
-
-# Without this instruction each `fused` is a call of a function. Processors other than x86-64 have it.
-_FUSES = platform.machine().lower() not in ("x86_64", "amd64") or get_host_cpu_features().get("fma", False)
+# Not where `fused` would be a call of a function (x86-64 without this instruction), nor where nothing is compiled.
+_FUSES = not config.DISABLE_JIT and (
+    platform.machine().lower() not in ("x86_64", "amd64") or get_host_cpu_features().get("fma", False)
+)
 
 
 def _can_keep() -> bool:
@@ -260,7 +261,7 @@ def _levels(row, divisor, n, high, gap, new) -> None:
 def _levels_by_product(row, divisor, n, high, gap, new) -> None:
     """The same without divisions: the quotient is that of a division wherever a level depends on its last bit.
 
-    That is next to the integers below 2^7 and to 2^-25; tests take every float32 there with every divisor.
+    That is next to the integers up to n, and to -2^-25: test_ofq_levels.py goes through all divisors there.
     """
     inverse = ONE / divisor
     for c in range(row.size):
