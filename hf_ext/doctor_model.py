@@ -9,6 +9,10 @@ from hf_ext.checks import did_you_mean, read_object
 
 FOREIGN = "not a name of hf_ext"
 OFF = "autoload is off: `import hf_ext` in the script"
+NO_ROW_FORM = (
+    "this PEFT has a Bone of its own, which takes init_weights='bat_row' for True and trains the tile form; install "
+    "peft>=0.19"
+)
 
 
 def examine_model(folder: Path, channel: str) -> dict[str, Any]:
@@ -69,6 +73,8 @@ def _why_invalid(host: str, config: dict[str, Any]) -> str | None:
         from hf_ext.bone_adapter.check import config_problems
         from hf_ext.bone_adapter.config import BoneConfig
 
+        if compat.has_native_bone() and config.get("init_weights") == "bat_row":
+            return NO_ROW_FORM
         defaults = {"r": BoneConfig.r, "init_weights": BoneConfig.init_weights}
         return "; ".join(config_problems(defaults | config)) or None
     if host == "transformers.quantizers":

@@ -52,7 +52,7 @@ from IPython.display import Markdown, display
 from matplotlib import pyplot
 from peft import BoneConfig, LoraConfig, PeftModel, get_peft_model
 from sklearn.datasets import load_digits
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, default_data_collator

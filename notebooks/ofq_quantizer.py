@@ -633,7 +633,7 @@ for layer in summary.layers:
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    save_packed(model, folder)
+    save_packed(model, folder, SIZE)  # timm before 1.0.31 does not record what create_model was given
     packed_bytes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
     packed = load_packed(folder)
 float_bytes = sum(tensor.nbytes for tensor in teachers[SEEDS[0]].state_dict().values())

@@ -17,6 +17,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_ext import compat
+
 ANCHOR, PAD, VOCABULARY = 1, 0, 67
 
 SHAPE = {
@@ -74,6 +76,25 @@ def config_of(model_type: str, **changes: Any) -> Any:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
     return AutoConfig.for_model(model_type, **{**CONFIGS.get(model_type, {}), **changes})
+
+
+def skip_without_positions(model_type: str) -> None:
+    """Skip where this host's layers of `model_type` tell no attention function what their positions are."""
+    told = []
+
+    def recording(module: Any, query: Tensor, *tensors: Any, **keywords: Any) -> Any:
+        told.append(keywords.get("position_ids"))
+        return query.transpose(1, 2), None
+
+    attention, masks = compat.attention_tables()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(attention, "recording", recording)
+        patch.setitem(masks, "recording", masks["sdpa"])
+        model = build(config_of(model_type), "recording")
+        logits(model, input_ids=ROWS.input_ids, position_ids=ROWS.position_ids)
+    if any(positions is None for positions in told):
+        pytest.skip(f"the {model_type} of this transformers hands positions to no attention function")
+    assert told
 
 
 def build(config: Any, implementation: str = "anchor", dtype: torch.dtype = torch.float64) -> Any:

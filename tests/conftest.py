@@ -38,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def _no_precision_of_another_training() -> None:
+    """transformers up to 4.57 leaves that of one Trainer in the environment, where the next takes it from."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 @pytest.fixture(scope="module")
 def llama() -> torch.nn.Module:
     return _llama("anchor")

@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from hf_ext import compat
 
 SIZES = {"embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
 VIT = {"img_size": 32, "patch_size": 8} | SIZES
@@ -26,11 +29,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+local_dir = pytest.mark.skipif(
+    not hasattr(timm.models._hub, "load_model_config_from_path"), reason="this timm reads no local directory"
+)
+
+
 def build(family: str = "vit", seed: int = 0, **kwargs: Any) -> nn.Module:
     """In eval mode, no parameter at its initial value, and attention that prefers some tokens."""
     architecture, sizes = FAMILIES[family]
     torch.manual_seed(seed)
-    model = timm.create_model(architecture, **sizes | kwargs)
+    model = compat.create_timm_model(architecture, False, **sizes | kwargs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

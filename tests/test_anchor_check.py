@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from anchor_models import SHAPE, build, check_text, config_of
+from anchor_models import SHAPE, build, check_text, config_of, skip_without_positions
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -50,6 +50,7 @@ def llama_of(kind: type, implementation: str = "sdpa") -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("model_type", [pytest.param(t, marks=[pytest.mark.smoke] * (t == "llama")) for t in CARRIERS])
 def test_models_that_carry_it(model_type, dtype, probe):
+    skip_without_positions(model_type)
     report = check_model(stock(model_type, dtype), probe=probe, strict=True)
     assert report == ModelReport(True, [], model_type, *CARRIERS[model_type], [])
 

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from anchor_models import ROWS, build, config_of, gradients_of, logits, results
-from anchor_oracle import assert_equal, documents_of
+from anchor_oracle import assert_equal, attend, documents_of, visible_segments
+from transformers.masking_utils import causal_mask_function
 
 from hf_ext import compat
 from hf_ext.anchor_attention import AnchorUnsupportedError, backend, compiled, segments
+from hf_ext.anchor_attention.mask import anchor_mask
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +36,35 @@ def test_one_graph_equals_eager(model_type, extra):
     if extra:
         got["logits"], expected["logits"] = (x["logits"] * MASK[..., None] for x in (got, expected))
     assert_equal(got, expected, 1e-9)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2"])
+def test_one_graph_with_an_empty_cache(model_type):
+    """Some hosts tell where the row begins in tensors, by which no graph can branch."""
+    model = build(config_of(model_type))
+    batch = {"input_ids": ROWS.input_ids, "position_ids": ROWS.position_ids}
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**batch).logits
+    assert_equal(got, logits(model, **batch), 1e-9)
+
+
+@pytest.mark.parametrize("beginning", ["queries", "keys"])
+def test_a_row_that_does_not_begin_at_0_is_refused_when_the_graph_runs(beginning):
+    config = config_of("llama")
+    query, key, value = (torch.randn(1, 2, 24, 8) for _ in range(3))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(start):
+        offsets = {"q_offset": start, "kv_offset": 0} if beginning == "queries" else {"q_offset": 0, "kv_offset": start}
+        mask = anchor_mask(
+            1, q_length=24, kv_length=24, mask_function=causal_mask_function, config=config, device="cpu", **offsets
+        )
+        module = torch.nn.Module()
+        return backend.anchor_attention_forward(module, query, key, value, mask, position_ids=ROWS.position_ids[:1])[0]
+
+    expected = attend(query, key, value, visible_segments(ROWS.position_ids[:1]), scaling=8**-0.5).transpose(1, 2)
+    assert_equal(run(torch.tensor(0)), expected, 1e-5)
+    with pytest.raises(AnchorUnsupportedError, match="lets a token see later ones"):
+        run(torch.tensor(3))
 
 
 def test_sinks_pass_through_the_operator():

@@ -20,6 +20,7 @@ from anchor_models import (
     gradients_of,
     logits,
     results,
+    skip_without_positions,
     stock_mask,
 )
 from anchor_oracle import (
@@ -54,6 +55,7 @@ from hf_ext.anchor_attention.support import AnchorUnsupportedError
     ],
 )
 def test_logits_loss_and_gradients_equal_stock_attention_given_the_mask(model_type, stock, tolerance):
+    skip_without_positions(model_type)
     config = config_of(model_type)
     ours = results(build(config), **ROWS.batch())
     assert_equal(ours, results(build(config, stock), **ROWS.batch(), attention_mask=stock_mask(config)), tolerance)
@@ -287,7 +289,8 @@ GENERATION = {
     "beams": {"num_beams": 3},
     "static_cache": {"cache_implementation": "static"},
     "no_cache": {"use_cache": False},
-    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    # Older transformers insist on a last token for it; this one never comes.
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3, "eos_token_id": VOCABULARY},
 }
 
 
@@ -341,8 +344,14 @@ def test_generation_with_an_assistant_equals_stock_token_for_token(model_type):
         assistant = build(config_of(model_type, num_hidden_layers=1), name)
         return build(config_of(model_type), name).generate(**prompt, assistant_model=assistant, **options)
 
+    try:
+        stock = assisted("sdpa")
+    except ValueError as error:
+        if "Cannot `crop`" not in str(error):
+            raise
+        pytest.skip(f"this transformers cuts back no cache that has slid, under sdpa either: {error}")
     ours = assisted("anchor")
-    assert torch.equal(ours, assisted("sdpa"))
+    assert torch.equal(ours, stock)
     assert torch.equal(ours, build(config_of(model_type), "sdpa").generate(**prompt, **options))
 
 

@@ -285,8 +285,11 @@ def tokens_of(rows: Any) -> list[int]:
     return [token for row in rows for token in row["input_ids"] if token >= 10]
 
 
-def mapped(dataset: Any, **options: Any) -> Any:
-    return dataset.map(PACKING, batched=True, remove_columns=["input_ids", "source"], **options)
+COLUMNS = ["input_ids", "source"]
+
+
+def mapped(dataset: Any, columns: list[str] = COLUMNS, **options: Any) -> Any:
+    return dataset.map(PACKING, batched=True, remove_columns=columns, **options)
 
 
 def test_survives_pickling():
@@ -320,10 +323,18 @@ def test_in_map_of_a_formatted_dataset(kind):
     assert rows.to_dict() == PACKING({"input_ids": TEXTS})
 
 
-def test_in_map_of_an_iterable_dataset():
-    rows = mapped(IterableDataset.from_generator(lambda: iter(corpus())))
+def a_stream_keeps_what_is_removed_and_returned() -> bool:
+    stream = corpus().to_iterable_dataset().map(lambda batch: dict(batch), batched=True, remove_columns=["input_ids"])
+    return "input_ids" in next(iter(stream))
+
+
+@pytest.mark.parametrize("columns", [COLUMNS, ["source"]], ids=["all", "others"])
+def test_in_map_of_an_iterable_dataset(columns):
+    if columns == COLUMNS and not a_stream_keeps_what_is_removed_and_returned():
+        pytest.skip("streams of this datasets drop a column to remove from what the function returns, too")
+    rows = mapped(IterableDataset.from_generator(lambda: iter(corpus())), columns)
     assert tokens_of(rows) == list(chain.from_iterable(TEXTS))
-    assert tokens_of(mapped(corpus().to_iterable_dataset(), batch_size=5)) == list(chain.from_iterable(TEXTS))
+    assert tokens_of(mapped(corpus().to_iterable_dataset(), columns, batch_size=5)) == list(chain.from_iterable(TEXTS))
 
 
 IN_A_NEW_PROCESS = """

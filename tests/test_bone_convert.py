@@ -472,8 +472,6 @@ def test_argument_that_is_no_path_is_named(bases, tmp_path, value):
 @pytest.mark.parametrize("init_weights", [True, "bat"])
 def test_swap_of_a_development_file_names_the_upgrade(bases, tmp_path, init_weights):
     """Whatever form is loaded: the file's config says tile, its blocks are those of bat."""
-    if compat.has_native_bone():
-        pytest.skip("PEFT's own Bone cannot swap")
     config, tensors = adapter(bases["llama"], "bat", r=4)
     old = write_adapter(tmp_path / "old", {**config, "init_weights": True}, tensors)
     model = loaded(model_of(LLAMA), tmp_path, adapter(bases["llama"], init_weights, r=4))

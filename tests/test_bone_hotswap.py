@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from bone_native import ROW_FORM, ours_only
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_ext import BoneConfig, compat
+from hf_ext import BoneConfig
 from hf_ext.bone_adapter import hotswap_adapter
 
-pytestmark = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+OWN_BIASES = ours_only("which does not save biases")
 
 IDS = torch.arange(12).view(2, 6)
 CONFIG = {
@@ -43,13 +44,12 @@ def adapter(tmp_path, name, seed, base_options=(), **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"init_weights": "bat"},
-        {"init_weights": "bat_row"},
-        {"bias": "bone_only", "base_options": {"attention_bias": True}},
-        {"modules_to_save": ["lm_head"]},
+        pytest.param({}, id="tile"),
+        pytest.param({"init_weights": "bat"}, id="bat"),
+        pytest.param({"init_weights": "bat_row"}, id="bat_row", marks=ROW_FORM),
+        pytest.param({"bias": "bone_only", "base_options": {"attention_bias": True}}, id="biases", marks=OWN_BIASES),
+        pytest.param({"modules_to_save": ["lm_head"]}, id="saved head"),
     ],
-    ids=["tile", "bat", "bat_row", "biases", "saved head"],
 )
 def test_values_change_and_parameters_stay(tmp_path, options):
     first, _ = adapter(tmp_path, "first", 1, **options)
@@ -119,6 +119,7 @@ def test_another_adapter_is_refused_and_nothing_changes(tmp_path, options, chang
     assert torch.equal(model(IDS).logits, expected)
 
 
+@OWN_BIASES
 def test_a_file_without_the_biases_that_were_trained_is_refused(tmp_path):
     """PEFT up to 0.18 did not save them: those of the other adapter would stay."""
     options = {"bias": "bone_only", "base_options": {"attention_bias": True}}

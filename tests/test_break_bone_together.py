@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from bone_native import TWO_FORMS, by_form, ours_only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -112,6 +113,7 @@ STEPS = st.one_of(
 )
 
 
+@TWO_FORMS
 @settings(max_examples=50, deadline=None, derandomize=True, database=None)
 @given(FORMS, FORMS, st.lists(STEPS, min_size=1, max_size=9))
 def test_any_sequence_of_steps_computes_what_the_paper_says(first, second, steps):
@@ -125,7 +127,7 @@ def test_any_sequence_of_steps_computes_what_the_paper_says(first, second, steps
             together.check()
 
 
-@pytest.mark.parametrize("form", sorted(KINDS))
+@pytest.mark.parametrize("form", by_form(sorted(KINDS)))
 def test_models_in_one_process_know_nothing_of_each_other(form):
     """Two with adapters of one name and one config object, one of them merged."""
     with torch.no_grad():
@@ -135,5 +137,15 @@ def test_models_in_one_process_know_nothing_of_each_other(form):
         one.check()
         unlike: Any = other.model(other.x) - one.model(one.x)
         assert unlike.abs().min() > 1e-6
+
+
+@ours_only("whose unmerging subtracts, and drifts")
+@pytest.mark.parametrize("form", sorted(KINDS))
+def test_unmerging_one_of_two_models_brings_its_own_base_back(form):
+    with torch.no_grad():
+        one, other = Together(form), Together(form)
+        one.merge(safe=True)
+        other.merge(safe=False)
         one.unmerge()
         one.check()
+        other.check()

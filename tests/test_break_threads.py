@@ -12,6 +12,7 @@ import torch
 from anchor_models import build, config_of, logits
 from anchor_oracle import positions_of
 from bone_files import IDS, LLAMA, adapter, merged, model_of, write_adapter
+from bone_native import ROW_FORM
 from importance_corpora import corpus, fitted, validation
 from mcq_models import alone, prompts_and_counts, tiny_model, word_tokenizer
 from mcq_oracle import differences, draw_groups, draw_scores
@@ -108,10 +109,11 @@ def test_contexts_of_engines_may_end_in_any_order():
 # --- Bone
 
 
-def test_bone_adapters_in_several_threads(tmp_path):
-    """Two models with adapters of unlike forms, and one model that two threads use."""
+@pytest.mark.parametrize("row_form", [False, pytest.param(True, marks=ROW_FORM)], ids=["", "row form"])
+def test_bone_adapters_in_several_threads(tmp_path, row_form):
+    """Models with adapters of unlike forms, each of which two threads use."""
     base, jobs = model_of(LLAMA), []
-    for init_weights, r in ((True, 8), ("bat", 4), ("bat_row", 4)):
+    for init_weights, r in ((True, 8), ("bat", 4), *([("bat_row", 4)] if row_form else [])):
         config, tensors = adapter(base, init_weights, r)
         folder = write_adapter(tmp_path / str(init_weights), config, tensors)
         model = PeftModel.from_pretrained(model_of(LLAMA), folder).eval()

@@ -223,6 +223,15 @@ def test_strings_of_adapters_and_quantisation(tmp_path, file, config, key, chann
     assert (reason or "") in (string["reason"] or "")
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["their Bone", "our Bone"])
+def test_the_row_form_is_a_problem_where_peft_has_a_bone_of_its_own(tmp_path, monkeypatch, native):
+    monkeypatch.setattr(compat, "has_native_bone", lambda: native)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "BONE", "init_weights": "bat_row"}')
+    (string,) = doctor.examine_model(tmp_path, "autoload")["strings"]
+    assert string["effective"] is not native
+    assert ("trains the tile form; install peft>=0.19" in (string["reason"] or "")) is native
+
+
 def test_model_folder_without_a_string_of_ours(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert doctor.examine_model(tmp_path, "autoload")["strings"] == []

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from bone_files import LLAMA, model_of
+from bone_native import ROW_FORM
 from fake_hub import Hub
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -25,7 +26,6 @@ from transformers import AutoModelForCausalLM
 from hf_ext import ImportanceWeights, bone_adapter, compat, mcq_bias, ofq_quantizer
 from hf_ext.ofq_quantizer import OFQConfig, load_packed, quantize, save_packed
 
-rows_of_ours = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself, without the row form")
 IDS = torch.arange(2, 12).reshape(2, 5)
 
 
@@ -175,7 +175,7 @@ def test_options_reach_the_hub(kind, hub, tmp_path):
     assert told == [said | {"create_pr": False}, said | {"create_pr": True}]
 
 
-@pytest.mark.parametrize("form", [False, "bat", pytest.param("bat_row", marks=rows_of_ours)])
+@pytest.mark.parametrize("form", [False, "bat", pytest.param("bat_row", marks=ROW_FORM)])
 def test_card_of_an_adapter_of_a_model_of_ones_own(form, hub):
     config = BoneConfig(r=4, target_modules=["0"], init_weights=form)
     model, x = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config), torch.ones(1, 8)

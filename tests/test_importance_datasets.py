@@ -205,6 +205,15 @@ def stream_of(data: Dataset, shards: int = 3) -> IterableDataset:
     return data.to_iterable_dataset(num_shards=shards)
 
 
+def formatted(stream: IterableDataset, format_: str | None) -> IterableDataset:
+    shown = stream.with_format(format_)
+    try:
+        next(iter(shown))
+    except NotImplementedError as error:
+        pytest.skip(f"this datasets refuses such a stream: {error}")
+    return shown
+
+
 @pytest.mark.parametrize("batched", [True, False], ids=["batched", "one by one"])
 @pytest.mark.parametrize("iw_", ["by_id", "by_source"])
 def test_stream(request, iw_, batched):
@@ -219,7 +228,7 @@ def test_stream(request, iw_, batched):
 @pytest.mark.parametrize("format_", ["numpy", "torch", "arrow", "pandas"])
 def test_stream_in_every_format(by_id, format_):
     data = corpus()
-    mapped = stream_of(data).with_format(format_).map(by_id, batched=True, batch_size=7)
+    mapped = formatted(stream_of(data), format_).map(by_id, batched=True, batch_size=7)
     found = [float(weight) for batch in mapped.iter(5) for weight in np.asarray(batch["importance"])]
     assert found == pytest.approx(looked_up(by_id, ids(data), 0.5), rel=1e-7)  # some formats show float32
 
@@ -437,8 +446,8 @@ def test_a_fit_to_rows_in_every_layout(kind, layout):
 @pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
 def test_a_fit_to_rows_in_every_format(stream, format_):
     """Some formats show float64 as float32; the fit reads what is stored."""
-    rows = Dataset.from_dict(validation(kind="int")).with_format(format_)
-    iw = fitted(rows.to_iterable_dataset().with_format(format_) if stream else rows)
+    rows = Dataset.from_dict(validation(kind="int"))
+    iw = fitted(formatted(rows.to_iterable_dataset(), format_) if stream else rows.with_format(format_))
     assert iw.to_dict() == fitted(kind="int").to_dict()
 
 

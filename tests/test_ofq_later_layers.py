@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from ofq_deployed import logits, quantized
-from ofq_models import VIT, build, images
+from ofq_models import VIT, build, images, local_dir
 from safetensors.torch import load_file
 from timm.models._hub import save_for_hf
 from torch import nn
@@ -14,9 +14,6 @@ from torch import nn
 from hf_ext.ofq_quantizer import OFQConfig, activation_quantizers, calibrate, export_fp, quantize, report, save_packed
 
 SAVED = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-local_dir = pytest.mark.skipif(
-    not hasattr(timm.models._hub, "load_model_config_from_path"), reason="this timm reads no local directory"
-)
 
 
 def with_another_head() -> nn.Module:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from ofq_models import local_dir
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_ext
@@ -49,6 +50,7 @@ def test_the_folder_of_transformers_gives_the_same_model(ran):
     assert torch.equal(first, again)
 
 
+@local_dir
 def test_the_exported_checkpoint_is_an_ordinary_one(ran):
     stock = timm.create_model(f"local-dir:{ran['at'] / 'latent'}", pretrained=True)
     assert not any("quantizer" in name for name in stock.state_dict())

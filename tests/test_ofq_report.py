@@ -10,6 +10,7 @@ from ofq_deployed import quantized
 from safetensors.torch import load_file
 from torch import nn
 
+from hf_ext import compat
 from hf_ext.ofq_quantizer import (
     OFQConfig,
     calibrate,
@@ -26,7 +27,7 @@ SIZE = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 48, "num_heads
 
 def converted(arch="vit_tiny_patch16_224", **options):
     torch.manual_seed(0)
-    model = timm.create_model(arch, **SIZE)
+    model = compat.create_timm_model(arch, False, **SIZE)
     layers = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     return quantize(model, OFQConfig(**options)), layers
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from ofq_models import FAMILIES, VIT, build, images
+from ofq_models import FAMILIES, VIT, build, images, local_dir
 from processes import answer, run_python
 from timm.models import load_checkpoint, resume_checkpoint
 from timm.models._hub import save_for_hf
@@ -218,9 +218,6 @@ def test_checkpoints_of_both_kinds_by_path(weights, tmp_path):
 
 
 SAVED = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
-local_dir = pytest.mark.skipif(
-    not hasattr(timm.models._hub, "load_model_config_from_path"), reason="this timm reads no local directory"
-)
 
 
 @local_dir
@@ -228,7 +225,7 @@ local_dir = pytest.mark.skipif(
 def test_a_saved_directory_is_read_by_timm(tmp_path, recipe):
     options = {"ofq": {"activation_scale": "tensor"}} if recipe.endswith("_qkr") else {}
     model = calibrated(create(recipe, VIT_NAME + ".augreg_in21k", **options))
-    recorded = recipe.endswith("_qkr") and hasattr(model, "_model_args")  # by timm
+    recorded = recipe.endswith("_qkr") and hasattr(timm.models, "get_model_args")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.01 * torch.randn(parameter.shape))

@@ -121,10 +121,13 @@ def anchor_mask(
     forward = forward_of(config)
     documents = None if forward is None else forward.documents
     q_length, q_offset = compat.query_span(arguments)
-    if q_length == kv_length and kv_offset == 0 and int(q_offset) == 0:
+    behind = _any_nonzero(kv_offset, q_offset) if q_length == kv_length else True
+    if behind is not True:
         if forward is None and name == CONTINUOUS:
             raise AnchorUnsupportedError(refusal(model, NO_HOOK, name))
         looks_ahead = _looks_ahead(mask_function, batch_size, q_length, arguments.get("device", "cpu"))
+        if behind is not False:  # a token of a row that begins behind others would see the keys of later columns
+            looks_ahead = behind if looks_ahead is None else behind | looks_ahead
         if looks_ahead is not None and not torch.compiler.is_compiling():
             if looks_ahead:
                 raise AnchorUnsupportedError(refusal(model, LOOKS_AHEAD, name))
@@ -142,6 +145,15 @@ def anchor_mask(
         config=config,
         **arguments,
     )
+
+
+def _any_nonzero(*offsets: int | Tensor) -> bool | Tensor:
+    """A scalar tensor where offsets are data and a graph is made, which cannot branch by them."""
+    nonzero = [offset != 0 for offset in offsets]
+    data = [x for x in nonzero if isinstance(x, Tensor)]
+    if not data or not torch.compiler.is_compiling():
+        return any(nonzero)
+    return any(x for x in nonzero if not isinstance(x, Tensor)) or torch.stack(data).any()
 
 
 def _padding(attention_mask: Tensor | None, forward: Forward | None) -> Tensor | None:

@@ -22,6 +22,8 @@ class AnchorPacking:
     them at any batch size. (DataCollatorForLanguageModeling will not do: it puts labels of its own in their place.)
     No token is lost: a document that does not fit is continued in the next row, behind an anchor of its own. A
     document's leading anchor token is the anchor; it is not doubled. A larger `batch_size` in `map` means less padding.
+    Streams (IterableDataset) of datasets 3.0 drop `remove_columns` from its rows as well: there, name only those that
+    it does not write.
 
     Args:
         max_length: tokens a row.

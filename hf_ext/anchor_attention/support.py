@@ -6,6 +6,7 @@ import sys
 from functools import cache
 from typing import Any
 
+from hf_ext import compat
 from hf_ext.anchor_attention.models import (
     COMPOSITE,
     EXACT_TYPES,
@@ -107,6 +108,8 @@ def why_unsupported(model_class: type, config: Any) -> str | None:
         return OWN_ATTENTION
     if model_class.can_generate() and "ALL_ATTENTION_FUNCTIONS" in hosts and "create_causal_mask" not in hosts:
         return OWN_MASKS
+    if compat.hands_no_positions(model_class):
+        return f"{SWALLOWS} in this version of transformers"
     if model_class.can_generate() and "position_ids" not in inspect.signature(model_class.forward).parameters:
         return f"{SWALLOWS}: {model_class.__name__}.forward has no such argument"
     return None

@@ -262,7 +262,7 @@ def file_row(depth: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         save_file(plain.state_dict(), f"{folder}/float32.safetensors")
         theirs = Path(folder, "float32.safetensors").stat().st_size
-        save_packed(ours, f"{folder}/packed")
+        save_packed(ours, f"{folder}/packed", {"depth": depth})
         mine = sum(path.stat().st_size for path in Path(folder, "packed").iterdir())
     return Row(
         f"packed files of DeiT-T of depth {depth}, W2A2",

@@ -83,6 +83,7 @@ from hf_ext.compat.transformers import (
     attention_tables,
     eager_attention,
     enable_checkpointing,
+    hands_no_positions,
     heads_masked,
     is_causal_by_construction,
     query_span,

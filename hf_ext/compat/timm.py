@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 from hf_ext.compat.names import Entry, claim_all, is_from, refuse_foreign, release
@@ -83,7 +84,11 @@ def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = 
     that the caller loads by itself."""
     import timm
 
-    return timm.create_model(name, pretrained=pretrained, **kwargs)
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if not _records_args():
+        apart = signature(timm.create_model).parameters  # where weights come from, and what is done with the model
+        model._model_args = {name: value for name, value in kwargs.items() if name not in apart}
+    return model
 
 
 def load_timm_weights(model: Any, in_chans: int = 3, cache_dir: Any = None, **kwargs: Any) -> None:
@@ -102,15 +107,26 @@ def timm_base(cfg: dict[str, Any]) -> str:
     return name if is_model(name.split(".")[0]) else architecture
 
 
+# --- Before timm 1.0.31 a model does not know what `create_model` was given. `create_timm_model` has it recorded there,
+# --- and for models that somebody else made, the usual arguments are read off. Goes when 1.0.31 is the lowest version.
+
+
 def timm_model_args(model: Any) -> dict[str, Any]:
-    """What `create_model` was given, which newer versions record; from 1.0.15 the usual ones are read off."""
-    try:
+    """What `create_model` was given, as far as it is known."""
+    if _records_args():
         from timm.models import get_model_args
-    except ImportError:
-        args = {"num_classes": model.num_classes, "in_chans": _first_channels(model)}
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-        return args | ({} if size is None else {"img_size": list(size)})
-    return {name: value for name, value in get_model_args(model).items() if name != "ofq"}
+
+        return {name: value for name, value in get_model_args(model).items() if name != "ofq"}
+    given = {name: value for name, value in getattr(model, "_model_args", {}).items() if not name.endswith("_rate")}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    read_off = {"num_classes": model.num_classes, "in_chans": _first_channels(model)}
+    return given | read_off | ({} if size is None else {"img_size": list(size)})
+
+
+def _records_args() -> bool:
+    import timm.models
+
+    return hasattr(timm.models, "get_model_args")
 
 
 def save_timm_model(model: Any, directory: Any, model_args: dict[str, Any] | None) -> None:
@@ -156,7 +172,7 @@ def _other_channels(state_dict: dict[str, Any], model: Any) -> dict[str, Any]:
 
 
 def _first_channels(model: Any) -> int:
-    return next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
+    return next(module.in_channels for module in model.modules() if hasattr(module, "in_channels"))
 
 
 def _entries(entry_points: dict[str, Callable[..., Any]]) -> list[Entry]:

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Mapping, MutableMapping
 from functools import wraps
 from importlib import metadata
+from inspect import signature
 from typing import Any
 
 from packaging.version import Version
@@ -57,6 +58,15 @@ def heads_masked(weights: Any, options: Mapping[str, Any]) -> Any:
     """
     mask = options.get("head_mask")
     return weights if mask is None else weights * mask
+
+
+def hands_no_positions(model_class: type) -> bool:
+    """Whether the layers of `model_class` are never handed its position_ids, whatever its flags say.
+
+    So in the GPT-2 of transformers 4, known by its argument `head_mask`. Goes when 5.0 is the lowest version.
+    """
+    is_gpt2 = any(kind.__name__ == "GPT2PreTrainedModel" for kind in model_class.__mro__)
+    return is_gpt2 and "head_mask" in signature(model_class.forward).parameters
 
 
 def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:

@@ -17,6 +17,7 @@ BASE, RECIPE = "vit_tiny_patch16_224", "ofq_w2a2"
 SIZE = {"img_size": 8, "patch_size": 2, "in_chans": 1, "embed_dim": 64, "depth": 3, "num_heads": 4}
 TEST_IMAGES = 397
 RUNS = {"float": "full precision", "ofq": "OFQ W2A2"}
+MODELS = {"float": BASE, "ofq": f"{RECIPE}.{BASE}"}
 
 
 def prepare(out: Path, quick: bool) -> list[Run]:
@@ -27,8 +28,8 @@ def prepare(out: Path, quick: bool) -> list[Run]:
     steps = {name: count * -(-(images - TEST_IMAGES) // 64) for name, count in epochs.items()}
     script = ["train_images.py", "--dataset", "digits"]
     size = ["--model_kwargs", *(f"{name}={value}" for name, value in SIZE.items())]
-    base = [*script, "--model", BASE, *size, "--learning_rate", "0.003", "--epochs", str(epochs["float"])]
-    ours = [*script, "--model", f"{RECIPE}.{BASE}", *size, "--initial_checkpoint", "runs/float/model.safetensors"]
+    base = [*script, "--model", MODELS["float"], *size, "--learning_rate", "0.003", "--epochs", str(epochs["float"])]
+    ours = [*script, "--model", MODELS["ofq"], *size, "--initial_checkpoint", "runs/float/model.safetensors"]
     ours += ["--learning_rate", "0.003", "--epochs", str(epochs["ofq"])]
     return [
         Run(RUNS["float"], [*base, "--output_dir", "runs/float"], steps["float"]),
@@ -61,7 +62,7 @@ def judge(out: Path) -> Outcome:
     results = {name: json.loads((out / "runs" / name / "results.json").read_text()) for name in RUNS}
     data = load_from_disk(str(out / "digits")).with_format("torch")
     images, labels = data["test"]["pixel_values"][:], data["test"]["labels"][:]
-    plain, trained = (timm.create_model(f"local-dir:{out / 'runs' / name}", pretrained=True).eval() for name in RUNS)
+    plain, trained = (_trained(out, name) for name in RUNS)
     rounded = calibrate(quantize(plain, OFQConfig()), [data["train"]["pixel_values"][:64]])
     logits = _logits(trained, images)
     save_packed(trained, out / "packed_ofq")
@@ -75,7 +76,7 @@ def judge(out: Path) -> Outcome:
     }
     untrained = _accuracy(_logits(rounded, images), labels)
     return Outcome(
-        string=f"--model {RECIPE}.{BASE}",
+        string=f"--model {MODELS['ofq']}",
         baseline=f"full precision: {results['float']['accuracy']:.1%} right, {sizes['float'] / 1024:.0f} KiB; "
         f"rounded to 2 bits without training: {untrained:.1%}",
         ours=f"2-bit weights and activations, trained on from there: {results['ofq']['accuracy']:.1%} right, "
@@ -106,6 +107,11 @@ def panel(axes: Any, outcome: Outcome) -> None:
     axes.set_xlabel("epoch")
     axes.set_ylabel("test accuracy (%)")
     axes.legend()
+
+
+def _trained(out: Path, run: str) -> nn.Module:
+    weights = str(out / "runs" / run / "model.safetensors")
+    return timm.create_model(MODELS[run], num_classes=10, checkpoint_path=weights, **SIZE).eval()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_from_disk
-from timm.models import save_for_hf
+from timm.models._hub import save_for_hf  # older releases have it nowhere else
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader

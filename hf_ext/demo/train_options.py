@@ -45,7 +45,8 @@ def make_tokenizer(words: Sequence[str] = WORDS) -> PreTrainedTokenizerFast:
     vocabulary = ["[UNK]", "Question", "Answer", "Choices", ":", "?", *LETTERS, *words]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]")
+    inputs = ["input_ids", "attention_mask"]  # transformers 4 adds token_type_ids, of which GPT-2 makes embeddings
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", model_input_names=inputs)
 
 
 def make_model(vocab_size: int, seed: int) -> GPT2LMHeadModel:

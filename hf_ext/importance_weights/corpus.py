@@ -68,7 +68,7 @@ def annotate(corpus: Any, lookup: Lookup, output: str, dtype: str) -> Any:
     column = lookup.values(places_in(corpus, lookup)).astype(dtype)
     order = corpus.column_names if output in corpus.column_names else [*corpus.column_names, output]
     rest = corpus.remove_columns(output) if output in corpus.column_names else corpus
-    return rest.add_column(output, column, feature=Value(dtype)).select_columns(order)
+    return rest.add_column(output, column).select_columns(order)
 
 
 def annotate_stream(corpus: IterableDataset, weights: Any, output: str, dtype: str) -> IterableDataset:

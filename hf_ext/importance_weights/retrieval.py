@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import numpy as np
 import pyarrow as pa
 import torch
-from datasets import Dataset, LargeList, Value
+from datasets import Dataset
 
 from hf_ext.checks import check_count, check_word
 from hf_ext.importance_weights.columns import ListColumn, require
@@ -64,8 +64,7 @@ def retrieve(
     offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int64) * rows.shape[1])
     column = pa.LargeListArray.from_arrays(offsets, found)
     kept = queries.remove_columns("retrieved") if "retrieved" in queries.column_names else queries
-    feature = LargeList(Value(str(found.type)))
-    return kept.add_column("retrieved", column, feature=feature)
+    return kept.add_column("retrieved", column)
 
 
 def _matrix(dataset: Dataset, name: str) -> np.ndarray:

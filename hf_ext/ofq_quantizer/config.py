@@ -77,6 +77,10 @@ class OFQConfig(QuantizationConfigMixin):
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return values | {"skip_modules": list(self.skip_modules)}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same, for `to_json_string`: transformers 4 leaves it to its subclasses."""
+        return self.to_dict()
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """A configuration from its dict; keywords that are fields come on top.
