@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 _CACHE = tempfile.mkdtemp(prefix="hf_ext_tests_")
 os.environ |= {
@@ -27,7 +28,10 @@ torch.set_num_threads(1)
 
 
 # Files of few and long tests: begun first, else one of two processes waits for the other's last one.
-LONG = ("test_demo", "test_bench", "test_notebooks", "test_autoload", "test_real_loops", "test_contributing")
+LONG = (
+    *("test_demo", "test_bench", "test_notebooks", "test_autoload", "test_real_loops", "test_contributing"),
+    *("test_anchor_compile", "test_ofq_compiled", "test_mcq_toy"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -39,9 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_precision_of_another_training() -> None:
-    """transformers up to 4.57 leaves that of one Trainer in the environment, where the next takes it from."""
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+def _leave_nothing_of_a_training() -> Iterator[None]:
+    """transformers puts precision (up to 4.57) and compiler of a Trainer into the environment, where the next looks."""
+    yield
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 @pytest.fixture(scope="module")

@@ -206,8 +206,8 @@ def stream_of(data: Dataset, shards: int = 3) -> IterableDataset:
 
 
 def formatted(stream: IterableDataset, format_: str | None) -> IterableDataset:
-    shown = stream.with_format(format_)
     try:
+        shown = stream.with_format(format_)
         next(iter(shown))
     except NotImplementedError as error:
         pytest.skip(f"this datasets refuses such a stream: {error}")
