@@ -6,6 +6,8 @@ import pytest
 
 from hf_ext import compat
 
+OURS = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+
 
 def ours_only(why: str) -> pytest.MarkDecorator:
     """why: what PEFT's own Bone is that ours is not, behind a comma."""

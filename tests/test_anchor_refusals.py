@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from anchor_models import CONFIGS, ROWS, VISIBLE, build, check_text, config_of, logits
+from anchor_models import CONFIGS, ROWS, VISIBLE, build, check_text, config_of, logits, skip_without_positions
 from anchor_oracle import (
     assert_equal,
 )
@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -116,18 +117,28 @@ def test_a_forward_without_position_ids_is_refused():
     check_text(str(caught.value), "WithoutPositions", "position_ids")
 
 
-class OldGPT2(GPT2LMHeadModel):
-    """As the GPT-2 of transformers 4: its layers are handed no positions."""
-
+class OwnGPT2(GPT2LMHeadModel):
     def forward(self, input_ids=None, position_ids=None, head_mask=None, **others):
-        raise AssertionError("it computes")
+        return super().forward(input_ids=input_ids, position_ids=position_ids, **others)
 
 
-def test_a_gpt2_that_keeps_positions_to_itself_is_refused():
+def old_forward(self, input_ids=None, position_ids=None, head_mask=None, **others):
+    raise AssertionError("it computes")
+
+
+@pytest.mark.parametrize("model_class", [GPT2LMHeadModel, OwnGPT2])
+def test_a_gpt2_that_keeps_positions_to_itself_is_refused(model_class, monkeypatch):
+    """As in transformers 4, whose layers are handed none."""
+    monkeypatch.setattr(GPT2Model, "forward", old_forward)
     with pytest.raises(AnchorUnsupportedError) as caught:
-        OldGPT2._from_config(config_of("gpt2"), attn_implementation="anchor")
-    check_text(str(caught.value), "OldGPT2", "position_ids", "this version of transformers")
-    OldGPT2._from_config(config_of("gpt2"), attn_implementation="sdpa")
+        model_class._from_config(config_of("gpt2"), attn_implementation="anchor")
+    check_text(str(caught.value), model_class.__name__, "position_ids", "this version of transformers")
+    model_class._from_config(config_of("gpt2"), attn_implementation="sdpa")
+
+
+def test_a_subclass_of_gpt2_with_another_signature_is_what_the_host_is():
+    skip_without_positions("gpt2")
+    OwnGPT2._from_config(config_of("gpt2"), attn_implementation="anchor")
 
 
 class OwnMasks(LlamaForCausalLM):

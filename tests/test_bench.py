@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from bone_native import OURS
 from typer.testing import CliRunner
 
-from hf_ext import compat
 from hf_ext.bench import harness
 from hf_ext.cli import BENCHMARKS, app
 
@@ -136,7 +136,7 @@ def test_fake_quantisation_beside_ofq_computes_the_same():
     assert torch.allclose(naive(x), ours(x), atol=1e-5)
 
 
-@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+@OURS
 def test_cuda_rows_of_bone_run(monkeypatch):
     from hf_ext.bench import bone_cuda
 
@@ -150,7 +150,7 @@ def test_cuda_rows_of_bone_run(monkeypatch):
     assert all(row.met for row in rows if row.unit == "MiB" and row.peer_name == "LoRA")
 
 
-@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+@OURS
 def test_lora_beside_bone_has_as_many_parameters():
     from hf_ext.bench import bone, bone_cuda
 
@@ -168,7 +168,7 @@ def test_lora_beside_bone_has_as_many_parameters():
     assert abs(sizes["tile"] / sizes[bone_cuda.LORA] - 1) < 0.05
 
 
-@pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+@OURS
 def test_kept_bytes_are_counted_to_the_byte():
     from hf_ext.bench import bone
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 from bone_files import GPT2, IDS, LLAMA, adapter, delta, merged, model_of, path_of, write_adapter
+from bone_native import ROW_FORM
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from processes import run_python
 from safetensors.torch import load_file, save_file
 
-from hf_ext import compat
 from hf_ext.bone_adapter.check import check_checkpoint
 from hf_ext.bone_adapter.convert import convert_to_miss, from_miss
 from hf_ext.bone_adapter.hotswap import hotswap_adapter
@@ -506,15 +506,13 @@ def same_export(first, second):
     [
         pytest.param(True, 7, None, {}, marks=pytest.mark.smoke),
         pytest.param("bat", 4, 5, {}, marks=pytest.mark.smoke),
-        ("bat_row", 4, 5, {}),
+        pytest.param("bat_row", 4, 5, {}, marks=ROW_FORM),
         (True, 8, None, {"modules_to_save": ["lm_head"]}),
     ],
     ids=["tile", "bat", "row", "head"],
 )
 @pytest.mark.parametrize("kind", ["PeftModel", "BoneModel", "injected"])
 def test_export_of_a_model_is_that_of_its_directory(bases, tmp_path, kind, init_weights, r, rank, options):
-    if init_weights == "bat_row" and compat.has_native_bone():
-        pytest.skip("PEFT's own Bone has no row form")
     made = with_saved(bases["llama"], *adapter(bases["llama"], init_weights, r, **options))
     other = adapter(bases["llama"], r=3, target_modules=["q_proj", "up_proj"])
     model = loaded(model_of(LLAMA), tmp_path, other, made)

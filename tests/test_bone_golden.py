@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from bone_native import OURS
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, inject_adapter_in_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_ext import compat
 from hf_ext.bone_adapter import BoneConfig, reference, upgrade_checkpoint
 from hf_ext.bone_adapter.checkpoint import form_of
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "bone_adapter"
 pytestmark = [
     pytest.mark.skipif(not GOLDEN.is_dir(), reason="no reference data"),
-    pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself"),
+    OURS,
     # As the old releases left them: a warning of the host about keys that it does not know.
     pytest.mark.filterwarnings("ignore:Unexpected keyword arguments"),
     pytest.mark.filterwarnings("ignore:Ignored .* tensors of other adapters"),

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from bone_native import OURS
 from peft import BoneConfig, get_peft_model
 from torch import nn
 
-from hf_ext import compat
 from hf_ext.bone_adapter import reference
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself"),
+    OURS,
 ]
 
 FORMS = {"tile": True, "bat": "bat", "bat_row": "bat_row"}

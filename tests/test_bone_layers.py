@@ -6,14 +6,13 @@ from collections import OrderedDict
 import pytest
 import torch
 from accelerate import cpu_offload
+from bone_native import OURS
 from peft import BoneConfig, LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
-from hf_ext import compat
-
-pytestmark = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+pytestmark = OURS
 
 FORMS = [True, "bat", "bat_row"]
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))

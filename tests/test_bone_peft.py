@@ -9,6 +9,7 @@ import warnings
 import peft
 import pytest
 import torch
+from bone_native import OURS
 from peft import BoneConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -23,9 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_ext import compat
-
-pytestmark = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+pytestmark = OURS
 
 FORMS = {
     "tile": {"r": 2},

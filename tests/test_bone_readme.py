@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from bone_native import OURS
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_ext
-from hf_ext import compat
 
 README = Path(hf_ext.__file__).parent / "bone_adapter" / "README.md"
-pytestmark = pytest.mark.skipif(compat.has_native_bone(), reason="this peft has Bone itself")
+pytestmark = OURS
 
 
 @pytest.fixture(scope="module")

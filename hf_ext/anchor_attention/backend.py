@@ -13,7 +13,7 @@ from hf_ext.anchor_attention.frame import forward_of, once
 from hf_ext.anchor_attention.mask import AnchorMask
 from hf_ext.anchor_attention.options import Options
 from hf_ext.anchor_attention.segments import build_table
-from hf_ext.anchor_attention.support import COMPOSITE, CONTINUOUS, NAMES, name_of, unsupported
+from hf_ext.anchor_attention.support import COMPOSITE, CONTINUOUS, LOOKS_AHEAD, NAMES, name_of, unsupported
 
 UNTOLD = -1  # the window of a layer that says nothing of one; None is a layer without
 CONTEXT_PARALLEL = (
@@ -81,7 +81,8 @@ def anchor_attention_forward(
     segments = position_ids, padding, anchor_doc_ids
     if torch.compiler.is_compiling():
         return _in_a_graph(module, query, key, value, segments, options, looks_ahead), None
-    return _eager(module, query, key, value, segments, options, framed=attention_mask is not None), None
+    framed = attention_mask is not None
+    return _eager(module, query, key, value, segments, options, looks_ahead, framed=framed), None
 
 
 def _eager(
@@ -91,8 +92,11 @@ def _eager(
     value: Tensor,
     segments: tuple[Tensor, Tensor | None, Tensor | None],
     options: Options,
+    looks_ahead: Tensor | None,
     framed: bool = False,
 ) -> Tensor:
+    if looks_ahead is not None and once(bool, looks_ahead):  # the mask comes out of a graph, which could not ask
+        raise unsupported(module, LOOKS_AHEAD)
     table = once(build_table, (query.shape[0], query.shape[2]), *segments, framed=framed)
     compat.announce(name_of(getattr(module, "config", None)), engine=engine_for(query, value, table, options).name)
     return segment_attention(query, key, value, table, options).transpose(1, 2).contiguous()
@@ -109,7 +113,7 @@ def _in_a_graph(
 ) -> Tensor:
     if options.dropout:
         torch._dynamo.graph_break("attention dropout under attn_implementation='anchor' is not compiled")
-        return torch.compiler.disable(_eager)(module, query, key, value, segments, options)
+        return torch.compiler.disable(_eager)(module, query, key, value, segments, options, looks_ahead)
     return compiled_attention(
         *(*as_autocast(query, key, value), *segments, options.sinks, looks_ahead),
         *(options.scaling, options.sliding_window, options.softcap),

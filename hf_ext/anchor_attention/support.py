@@ -23,7 +23,9 @@ CONTINUOUS = "anchor_continuous"
 NAMES = ("anchor", CONTINUOUS)
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-LOOKS_AHEAD = f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE})"
+LOOKS_AHEAD = (
+    f"it lets a token see later ones, as bidirectional attention does ({COMPOSITE}), or a row that begins behind others"
+)
 BEHIND_A_CACHE = (
     "packed documents came together with cached keys or a learned prefix, behind which they could not be told apart"
 )

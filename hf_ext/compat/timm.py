@@ -1,5 +1,6 @@
 """timm: its table of models, and how it builds and loads them."""
 
+import json
 import warnings
 from collections.abc import Callable, Collection
 from functools import wraps
@@ -87,8 +88,16 @@ def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = 
     model = timm.create_model(name, pretrained=pretrained, **kwargs)
     if not _records_args():
         apart = signature(timm.create_model).parameters  # where weights come from, and what is done with the model
-        model._model_args = {name: value for name, value in kwargs.items() if name not in apart}
+        model._model_args = {name: value for name, value in kwargs.items() if name not in apart and _is_json(value)}
     return model
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def load_timm_weights(model: Any, in_chans: int = 3, cache_dir: Any = None, **kwargs: Any) -> None:

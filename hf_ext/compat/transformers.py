@@ -65,8 +65,8 @@ def hands_no_positions(model_class: type) -> bool:
 
     So in the GPT-2 of transformers 4, known by its argument `head_mask`. Goes when 5.0 is the lowest version.
     """
-    is_gpt2 = any(kind.__name__ == "GPT2PreTrainedModel" for kind in model_class.__mro__)
-    return is_gpt2 and "head_mask" in signature(model_class.forward).parameters
+    base = next((kind for kind in model_class.__mro__ if kind.__name__ == "GPT2PreTrainedModel"), None)
+    return base is not None and "head_mask" in signature(sys.modules[base.__module__].GPT2Model.forward).parameters
 
 
 def query_span(mask_arguments: Mapping[str, Any]) -> tuple[int, Any]:
