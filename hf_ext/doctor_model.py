@@ -69,12 +69,12 @@ def _why_no_effect(value: Any, host: str, folder: Path, channel: str) -> str | N
 
 def _why_invalid(host: str, config: dict[str, Any]) -> str | None:
     """What is wrong with the options beside one of our names."""
+    if host == "peft" and compat.has_native_bone() and config.get("init_weights") == "bat_row":
+        return NO_ROW_FORM
     if host == "peft":
         from hf_ext.bone_adapter.check import config_problems
         from hf_ext.bone_adapter.config import BoneConfig
 
-        if compat.has_native_bone() and config.get("init_weights") == "bat_row":
-            return NO_ROW_FORM
         defaults = {"r": BoneConfig.r, "init_weights": BoneConfig.init_weights}
         return "; ".join(config_problems(defaults | config)) or None
     if host == "transformers.quantizers":

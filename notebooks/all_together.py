@@ -51,8 +51,8 @@ from datasets import Dataset
 from IPython.display import Markdown, display
 from matplotlib import pyplot
 from peft import BoneConfig, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
-from timm.models._hub import save_for_hf
 from timm.optim import create_optimizer_v2
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, default_data_collator
@@ -493,7 +493,8 @@ save_packed(student, FOLDER / "packed")
 packed_vit = load_packed(FOLDER / "packed")
 integers = to_int8(packed_vit)
 levels = max(len(row.unique()) for weight in freeze(packed_vit).values() if weight.bits == 2 for row in weight.codes)
-save_for_hf(plain, FOLDER / "float", safe_serialization=True)
+(FOLDER / "float").mkdir()
+save_file(plain.state_dict(), FOLDER / "float" / "model.safetensors")
 size = {
     "float": (FOLDER / "float" / "model.safetensors").stat().st_size,
     "packed": sum(path.stat().st_size for path in (FOLDER / "packed").iterdir()),

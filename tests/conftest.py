@@ -45,9 +45,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _leave_nothing_of_a_training() -> Iterator[None]:
     """transformers puts precision (up to 4.57) and compiler of a Trainer into the environment, where the next looks."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
     yield
     for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
         del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

@@ -48,18 +48,17 @@ def test_one_graph_with_an_empty_cache(model_type):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1], ids=["inside", "outside of it"])
-@pytest.mark.parametrize("beginning", ["queries", "keys"])
-def test_a_row_that_does_not_begin_at_0_is_refused_when_the_graph_runs(beginning, dropout):
+@pytest.mark.parametrize("what", ["queries", "keys", "sight"])
+def test_what_begins_or_sees_beyond_0_is_refused_when_the_graph_runs(what, dropout):
     """Attention with dropout runs outside of the graph that its mask comes from."""
     config = config_of("llama")
     query, key, value = (torch.randn(1, 2, 24, 8) for _ in range(3))
 
     @torch.compile(backend="aot_eager", fullgraph=not dropout)
     def run(start):
-        offsets = {"q_offset": start, "kv_offset": 0} if beginning == "queries" else {"q_offset": 0, "kv_offset": start}
-        mask = anchor_mask(
-            1, q_length=24, kv_length=24, mask_function=causal_mask_function, config=config, device="cpu", **offsets
-        )
+        offsets = {"q_offset": start if what == "queries" else 0, "kv_offset": start if what == "keys" else 0}
+        sees = (lambda b, h, q, k: k <= q + start) if what == "sight" else causal_mask_function
+        mask = anchor_mask(1, q_length=24, kv_length=24, mask_function=sees, config=config, device="cpu", **offsets)
         given = {"position_ids": ROWS.position_ids[:1], "dropout": dropout}
         return backend.anchor_attention_forward(torch.nn.Module(), query, key, value, mask, **given)[0]
 

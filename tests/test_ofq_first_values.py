@@ -104,11 +104,12 @@ def test_a_compiled_attention_starts_with_the_first_good_batch():
 
 
 def test_a_scaler_skips_the_broken_batch_and_training_goes_on():
-    model = converted().train()
+    """With enough bits that the loss follows its gradient: at 2 a single step goes up or down by luck."""
+    model = quantize(build("vit"), OFQConfig(w_bits=4, a_bits=8)).train()
     x, before = images(model, 4), state(model)
     optimizer, scaler = torch.optim.AdamW(model.parameters(), lr=1e-3), torch.amp.GradScaler("cpu")
     losses = []
-    for batch in (spoilt(x, float("inf")), *[x] * 6):
+    for batch in (spoilt(x, float("inf")), x, x):
         losses.append(loss(model, batch))
         optimizer.zero_grad()
         scaler.scale(losses[-1]).backward()
@@ -116,8 +117,8 @@ def test_a_scaler_skips_the_broken_batch_and_training_goes_on():
         scaler.update()
         if len(losses) == 1:
             assert_same(state(model), before)
-    assert [bool(one.isfinite()) for one in losses] == [False] + [True] * 6
-    assert losses[-1] < losses[1]
+    assert [bool(one.isfinite()) for one in losses] == [False, True, True]
+    assert losses[2] < losses[1]
     assert to_int8(model.eval())(x).isfinite().all()
 
 

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_ext import compat
-from hf_ext.ofq_quantizer import OFQConfig, activation_quantizers, calibrate, quantize
+from hf_ext.ofq_quantizer import (
+    OFQConfig,
+    activation_quantizers,
+    calibrate,
+    load_packed,
+    quantize,
+    save_packed,
+)
 from hf_ext.ofq_quantizer.timm_models import entry_points
 
 VIT_NAME = FAMILIES["vit"][0]
@@ -218,6 +225,20 @@ def test_checkpoints_of_both_kinds_by_path(weights, tmp_path):
 
 
 SAVED = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+
+
+def test_arguments_are_recorded_where_timm_does_not(tmp_path, monkeypatch):
+    """Those that JSON knows, so that a packed model can be packed again."""
+    monkeypatch.setattr(compat.timm, "_records_args", lambda: False)
+    model = compat.create_timm_model(VIT_NAME, False, **VIT, act_layer=nn.GELU, drop_path_rate=0.1)
+    quantize(model, OFQConfig())
+    assert compat.timm_model_args(model) == VIT | {"num_classes": 10, "in_chans": 3, "img_size": [32, 32]}
+    x = images(calibrated(model))
+    for folder in ("once", "twice"):
+        save_packed(model, tmp_path / folder)
+        again = load_packed(tmp_path / folder)
+        assert torch.equal(logits(again, x), logits(model, x))
+        model = again
 
 
 @local_dir

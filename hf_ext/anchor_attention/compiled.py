@@ -27,8 +27,8 @@ def compiled_attention(
 ) -> Tensor:
     """`anchor_attention` without dropout, for torch.compile; the result is (B, L, Hq, Dv).
 
-    looks_ahead: scalar bool, whether the host's mask lets a token see a later one, which is refused. A graph keeps
-    nothing of a forward but tensors, so the backward computes the forward once more.
+    looks_ahead: scalar bool, whether the host's mask lets a token see a later one, or a row begins behind others; both
+    are refused. A graph keeps nothing of a forward but tensors, so the backward computes the forward once more.
     """
     if looks_ahead is not None and once(bool, looks_ahead):
         raise AnchorUnsupportedError(refusal("the compiled model", LOOKS_AHEAD))

@@ -80,26 +80,6 @@ def _unwrap_resolver() -> None:
         setattr(models, _RESOLVER, current.__wrapped__)
 
 
-def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = None, **kwargs: Any) -> Any:
-    """timm.create_model; `pretrained_model_args`, which timm >= 1.0.20 hands to entry points, describe a checkpoint
-    that the caller loads by itself."""
-    import timm
-
-    model = timm.create_model(name, pretrained=pretrained, **kwargs)
-    if not _records_args():
-        apart = signature(timm.create_model).parameters  # where weights come from, and what is done with the model
-        model._model_args = {name: value for name, value in kwargs.items() if name not in apart and _is_json(value)}
-    return model
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value)
-    except TypeError:
-        return False
-    return True
-
-
 def load_timm_weights(model: Any, in_chans: int = 3, cache_dir: Any = None, **kwargs: Any) -> None:
     """Load the weights that `model.pretrained_cfg` names, with timm's adaptation to other classes and channels."""
     from timm.models._builder import load_pretrained
@@ -120,6 +100,18 @@ def timm_base(cfg: dict[str, Any]) -> str:
 # --- and for models that somebody else made, the usual arguments are read off. Goes when 1.0.31 is the lowest version.
 
 
+def create_timm_model(name: str, pretrained: bool, pretrained_model_args: Any = None, **kwargs: Any) -> Any:
+    """timm.create_model; `pretrained_model_args`, which timm >= 1.0.20 hands to entry points, describe a checkpoint
+    that the caller loads by itself."""
+    import timm
+
+    model = timm.create_model(name, pretrained=pretrained, **kwargs)
+    if not _records_args():
+        apart = signature(timm.create_model).parameters  # where weights come from, and what is done with the model
+        model._model_args = {name: value for name, value in kwargs.items() if name not in apart and _is_json(value)}
+    return model
+
+
 def timm_model_args(model: Any) -> dict[str, Any]:
     """What `create_model` was given, as far as it is known."""
     if _records_args():
@@ -136,6 +128,14 @@ def _records_args() -> bool:
     import timm.models
 
     return hasattr(timm.models, "get_model_args")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
 
 
 def save_timm_model(model: Any, directory: Any, model_args: dict[str, Any] | None) -> None:

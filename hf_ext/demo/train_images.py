@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import load_from_disk
-from timm.models._hub import save_for_hf  # older releases have it nowhere else
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -93,7 +93,8 @@ def main() -> None:
         accuracies.append(accuracy(model, test, accelerator))
 
     if accelerator.is_main_process:
-        save_for_hf(accelerator.unwrap_model(model), args.output_dir, safe_serialization=True)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        save_file(accelerator.unwrap_model(model).state_dict(), Path(args.output_dir, "model.safetensors"))
         results = {"losses": losses, "accuracies": accuracies, "accuracy": accuracies[-1]}
         Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=1))
 
