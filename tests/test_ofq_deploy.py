@@ -10,7 +10,17 @@ from ofq_models import codes_of, images
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_ext.ofq_quantizer import OFQConfig, calibrate, freeze, full_precision, integer, quantize, save_packed, to_int8
+from hf_ext.ofq_quantizer import (
+    OFQConfig,
+    calibrate,
+    freeze,
+    full_precision,
+    integer,
+    integer_products,
+    quantize,
+    save_packed,
+    to_int8,
+)
 from hf_ext.ofq_quantizer.freezing import frozen_copy
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer
 
@@ -211,13 +221,13 @@ def test_codes_of_ties_and_extremes_are_those_of_torch(axis, positive):
 
 def test_sums_that_saturate_are_taken_in_two_parts(monkeypatch):
     """As on processors that add pairs of products in 16 bits."""
-    monkeypatch.setattr(integer, "_products_saturate", lambda: True)
+    monkeypatch.setattr(integer_products, "_products_saturate", lambda: True)
     left = torch.tensor([-128, 127]).repeat(40)[torch.randint(80, (33, 64))].to(torch.int8)
     right = torch.randint(-128, 128, (64, 17)).to(torch.int8)
     calls = []
     multiply, out = torch._int_mm, torch.empty(33, 17, dtype=torch.int32)
     monkeypatch.setattr(torch, "_int_mm", lambda one, other, **out: calls.append(other) or multiply(one, other, **out))
-    integer.multiply(left, right, 8, out)
+    integer_products.multiply(left, right, 8, out)
     assert torch.equal(out.long(), left.long() @ right.long())
     assert all(part.abs().max() <= 16 for part in calls)
 
@@ -303,11 +313,54 @@ def test_integer_model_is_not_exported():
         torch.export.export(to_int8(model), (x,))
 
 
-def test_compiling_an_integer_model_leaves_its_kernels_out():
-    """A compiler would take them for the arithmetic of arrays, and inductor fails on that."""
-    model, x = quantized(sizes={"depth": 1})
+# Each attention, and each way to hold codes; a graph takes seconds.
+GRAPHS = (
+    *("vit", "vit_qkr_w4a8_one_scale", "vit_float_parts", "dinov2_swiglu", "swin_w3a8", "swinv2"),
+    *("beit_qkr", "eva02_split_w4a8", "hf_vit_w4a8", "hf_swin"),
+)
+
+
+@pytest.mark.parametrize(("kind", "config"), [CASES[name] for name in GRAPHS], ids=GRAPHS)
+def test_one_graph_of_an_integer_model_changes_no_bit(kind, config):
+    model, x = quantized(kind, **config)
+    torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(to_int8(model), backend=lambda module, _: graphs.append(str(module.graph)) or module)
-    assert distance(compiled, model, x) == 0
-    assert graphs
-    assert not [graph for graph in graphs if "_int_mm" in graph or "softmax" in graph]
+
+    def keep(module: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(str(module.graph))
+        return module
+
+    result = torch.compile(to_int8(model), fullgraph=True, backend=keep)
+    assert distance(result, model, x) == 0
+    (graph,) = graphs
+    if config != FLOAT_PARTS:
+        assert "hf_ext.ofq_int8_product" in graph
+        assert "matmul" not in graph
+        assert " @ " not in graph
+
+
+def test_one_graph_counts_nan_as_the_lowest_code():
+    model, x = quantized(sizes={"depth": 1})
+    x[0, :, :9] = torch.nan
+    torch._dynamo.reset()
+    result = to_int8(model)
+    expected = logits(result, x)
+    assert expected.isfinite().all()
+    assert torch.equal(logits(torch.compile(result, fullgraph=True, backend="aot_eager"), x), expected)
+
+
+def test_one_graph_follows_what_is_loaded():
+    (source, x), target = other_scales(**WIDE), to_int8(quantized(**WIDE)[0])
+    torch._dynamo.reset()
+    graph = torch.compile(target, fullgraph=True, backend="aot_eager")
+    assert distance(graph, source, x) > 0.1
+    target.load_state_dict(to_int8(source).state_dict())
+    assert distance(graph, source, x) == 0
+
+
+def test_an_integer_model_compiled_by_inductor_is_the_compiled_quantised_model():
+    """The compiler's softmax, GELU and sums are the same in both."""
+    model, x = quantized(sizes={"depth": 1}, **WIDE)
+    torch._dynamo.reset()
+    one, other = (torch.compile(part, fullgraph=True) for part in (to_int8(model), model))
+    assert distance(one, other, x) <= 1e-4 * logits(model, x).std()

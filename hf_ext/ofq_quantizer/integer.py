@@ -1,12 +1,12 @@
 """Models that multiply integers: int8 weights, int8 activations, also inside the attention.
 
 Every operation is that of the quantised model, in the same order; the sums of products, which that takes exactly in
-float32, are taken in int32.
+float32, are taken in int32. Between two products lie loops of `integer_kernels` or, for a compiler, tensor operations
+of `integer_graph`.
 """
 
 from collections.abc import Callable
-from functools import cache, cached_property, wraps
-from itertools import chain, repeat
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,37 +14,37 @@ import torch
 from torch import Tensor, nn
 
 from hf_ext.modes import no_autocast
+from hf_ext.ofq_quantizer import integer_graph, ops
 from hf_ext.ofq_quantizer import integer_kernels as kernels
-from hf_ext.ofq_quantizer import ops
 from hf_ext.ofq_quantizer.convert import quantized_switches
 from hf_ext.ofq_quantizer.freezing import frozen_copy
 from hf_ext.ofq_quantizer.frozen import FrozenConv2d, FrozenLinear, FrozenWeight
+from hf_ext.ofq_quantizer.integer_products import multiply, multiply_heads
 from hf_ext.ofq_quantizer.ops import code_range, integer_sums_fit
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 
 
-def _left_out(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Have compilers go around a function; an exported graph cannot."""
+def _in_graph() -> bool:
+    """Whether a compiler asks for tensor operations.
 
-    @torch.compiler.disable
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            raise ValueError(
-                "a model of to_int8 computes with kernels that no graph holds, and cannot be exported; export the "
-                "model it was made from (export_onnx keeps its integers)"
-            )
-        return function(*args, **kwargs)
-
-    return run
+    Raises:
+        ValueError: the graph is to leave this process.
+    """
+    if torch.compiler.is_compiling() and getattr(torch.compiler, "is_exporting", bool)():  # came with torch 2.7
+        raise ValueError(
+            "a model of to_int8 multiplies by operations that only a process with hf_ext has, and cannot be exported; "
+            "export the model it was made from (export_onnx keeps its integers)"
+        )
+    return torch.compiler.is_compiling()
 
 
 @torch.no_grad()
 def to_int8(model: nn.Module) -> nn.Module:
     """A copy of a calibrated model that multiplies integers, for inference on the CPU.
 
-    In float32 equal to `model` in evaluation mode, bit for bit. In other dtypes, and where a sum of products could
-    exceed 2^24, only close to it, of which the first such forward warns. NaN in the input counts as the lowest code.
+    In float32 equal to `model` in evaluation mode, bit for bit; in other dtypes, and where a sum of products could
+    exceed 2^24, only close to it, of which the first such forward warns. torch.compile makes one graph of it, which is
+    to a compiled `model` what it is to `model` itself. NaN in the input counts as the lowest code.
 
     It follows `load_state_dict` and casts; edits in place of its scales, shifts and biases it does not see.
 
@@ -170,24 +170,29 @@ class Int8Weight(FrozenWeight):
 class Int8Linear(Int8Weight, FrozenLinear):
     """A linear layer that multiplies int8 by int8."""
 
-    @_left_out
     def product(self, x: Tensor, quantizer: Int8Quantizer, bias: Tensor | None) -> Tensor:
         if not self.switches.rounding:
             return super().product(x, quantizer, bias)
         self.executed = True
         tokens = x.unsqueeze(1) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(1, -2)
-        y = self.rescaled(quantizer.codes(tokens), quantizer, bias)
+        if _in_graph():
+            y = integer_graph.linear(tokens, self, quantizer, bias)
+        else:
+            y = self.rescaled(quantizer.codes(tokens), quantizer, bias)
         return (y if x.dim() == 3 else y.view(*x.shape[:-1], self.out_features)).to(x.dtype)
 
 
 class Int8Conv2d(Int8Weight, FrozenConv2d):
     """A patch embedding that multiplies int8 by int8."""
 
-    @_left_out
     def forward(self, x: Tensor) -> Tensor:
         if not self.switches.rounding:
             return super().forward(x)
         self.executed = True
+        if _in_graph():
+            patches, grid = self.patches(x)
+            y = integer_graph.linear(patches, self, self.input_quantizer, self.bias)
+            return y.transpose(1, 2).unflatten(2, grid)
         quantizer, (tall, wide) = self.input_quantizer, self.kernel_size
         rows, columns = x.shape[2] // tall, x.shape[3] // wide
         patches = torch.empty(len(x), rows * columns, self.integers.shape[1], dtype=torch.int8)
@@ -197,7 +202,6 @@ class Int8Conv2d(Int8Weight, FrozenConv2d):
         return y.to(x.dtype).transpose(1, 2).unflatten(2, (rows, columns))
 
 
-@_left_out
 def integer_attention(
     q: Tensor,
     k: Tensor,
@@ -210,6 +214,8 @@ def integer_attention(
     logit_bias: Tensor | None = None,
 ) -> Tensor:
     """What `quantized_attention` computes, by integer products; (B, N, h*d)."""
+    if _in_graph():
+        return integer_graph.attention(q, k, v, left, right, values, probs, scaling, logit_bias)
     batch, heads, tokens, width = v.shape
     for columns, one, other in ((q.shape[3], left, right), (tokens, probs, values)):
         _tell_if_close(values.switches, columns, one.largest, other.largest, v.dtype)
@@ -250,24 +256,6 @@ def _logits(
     return acc.view(torch.float32)
 
 
-def multiply_heads(left: Tensor, right: Tensor, bits: int, out: Tensor) -> None:
-    """`multiply` for every head: (B, h or 1, n, k) times (B, h, k, m) into (B, h, n, m)."""
-    heads = out.shape[1] // left.shape[1]
-    lefts = chain.from_iterable(repeat(one, heads) for one in left.flatten(0, 1).unbind())
-    for one, other, result in zip(lefts, right.flatten(0, 1).unbind(), out.flatten(0, 1).unbind(), strict=True):
-        multiply(one, other, bits, result)
-
-
-def multiply(left: Tensor, right: Tensor, bits: int, out: Tensor) -> None:
-    """int8 (n, k) times int8 (k, m), whose values have so many bits, into int32 (n, m)."""
-    if bits < 8 or not _products_saturate():
-        torch._int_mm(left, right, out=out)
-    else:
-        low = right & 15
-        torch._int_mm(left, (right - low) >> 4, out=out)
-        out.mul_(16).add_(torch._int_mm(left, low))
-
-
 def _tell_if_close(switches: Switches, columns: int, left: int, right: int, dtype: torch.dtype) -> None:
     if dtype != torch.float32 or not integer_sums_fit(columns, left, right):
         switches.warn_once(
@@ -275,13 +263,6 @@ def _tell_if_close(switches: Switches, columns: int, left: int, right: int, dtyp
             "float32, or multiplies floats where a sum of products of integers can exceed 2^24. What lies on a "
             "threshold may get the next code"
         )
-
-
-@cache
-def _products_saturate() -> bool:
-    """Whether this machine adds pairs of products in 16 bits: x86 without VNNI does, and returns wrong sums."""
-    largest = torch.full((32, 32), 127, dtype=torch.int8)
-    return int(torch._int_mm(largest, largest)[0, 0]) != 32 * 127**2
 
 
 def keep_freed_memory() -> None:

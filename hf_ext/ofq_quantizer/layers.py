@@ -144,11 +144,15 @@ class QuantConv2d(QuantWeight, nn.Conv2d):
         """x (batch, in_channels, height, width) -> (batch, out_channels, height / patch, width / patch)."""
         self.ran()
         self.renew_weight_scale()
+        patches, grid = self.patches(x)
+        y = linear(patches, self.weight.flatten(1), self.bias, self.input_quantizer, self.weight_quantizer())
+        return y.transpose(1, 2).unflatten(2, grid)
+
+    def patches(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(batch, rows * columns, in_channels * kernel) from images, and (rows, columns)."""
         (tall, wide), (rows, columns) = self.kernel_size, (x.shape[2] // self.stride[0], x.shape[3] // self.stride[1])
         x = x[:, :, : rows * tall, : columns * wide].unflatten(3, (columns, wide)).unflatten(2, (rows, tall))
-        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        y = linear(patches, self.weight.flatten(1), self.bias, self.input_quantizer, self.weight_quantizer())
-        return y.transpose(1, 2).unflatten(2, (rows, columns))
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (rows, columns)
 
 
 def linear(

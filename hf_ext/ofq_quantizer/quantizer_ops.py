@@ -134,7 +134,7 @@ def integers(x: Tensor, a: Activation) -> Tensor:
     """round(clamp((x + bias_in) / scale, Qn, Qp)) as float32."""
     if kernels.accept_activation(x, a):
         return kernels.quantized(x, a).values.view(x.shape)
-    return _ratio(x, a).clamp(*code_range(a.bits, a.positive)).round()
+    return ratio(x, a).clamp(*code_range(a.bits, a.positive)).round()
 
 
 def dequantized(x: Tensor, a: Activation) -> Tensor:
@@ -151,7 +151,7 @@ def activation_gradients(x: Tensor, a: Activation, g: Tensor, gain: float = 1.0)
     if kernels.accept_activation(x, a) and kernels.accept(g):
         dx, ds, sum_in, sum_out = kernels.gradients(x, a, g.contiguous(), gain)
     else:
-        v, g = _ratio(x, a), g.float() * gain
+        v, g = ratio(x, a), g.float() * gain
         inside = (v >= low) & (v <= high)
         ds = g * (v.clamp(low, high).round() - torch.where(inside, v, 0))
         dx, sum_out = torch.where(inside, g, 0), g
@@ -179,7 +179,7 @@ def _along(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
     return scale if axis is None else scale.view(-1, *[1] * (x.dim() - 1 - axis % x.dim()))
 
 
-def _ratio(x: Tensor, a: Activation) -> Tensor:
+def ratio(x: Tensor, a: Activation) -> Tensor:
     x = x.float()
     return (x if a.bias_in is None else x + a.bias_in.float()) / bounded(a.scale)
 
