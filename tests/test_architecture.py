@@ -30,8 +30,8 @@ PURE = {
     *("reference", "ops", "kernels", "segments", "engines"),
     *("sdpa", "dense", "varlen", "flex", "options", "kernel", "choice", "frame", "positions", "models"),
     *("bounds", "lanes", "list_kernels", "lookup_kernels", "tensors", "vote_kernels"),
-    *("affine", "attention_kernels", "attention_ops", "integer_kernels", "integer_products"),
-    *("loops", "packing", "quantizer_ops"),
+    *("affine", "attention_kernels", "attention_ops", "integer_graph", "integer_kernels"),
+    *("integer_products", "loops", "packing", "quantizer_ops"),
 }
 
 

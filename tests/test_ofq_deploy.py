@@ -339,14 +339,16 @@ def test_one_graph_of_an_integer_model_changes_no_bit(kind, config):
         assert " @ " not in graph
 
 
-def test_one_graph_counts_nan_as_the_lowest_code():
+def test_one_graph_counts_nan_as_the_lowest_code_and_takes_an_empty_batch():
     model, x = quantized(sizes={"depth": 1})
     x[0, :, :9] = torch.nan
     torch._dynamo.reset()
     result = to_int8(model)
     expected = logits(result, x)
     assert expected.isfinite().all()
-    assert torch.equal(logits(torch.compile(result, fullgraph=True, backend="aot_eager"), x), expected)
+    graph = torch.compile(result, fullgraph=True, backend="aot_eager")
+    assert torch.equal(logits(graph, x), expected)
+    assert logits(graph, x[:0]).shape == (0, *expected.shape[1:])
 
 
 def test_one_graph_follows_what_is_loaded():

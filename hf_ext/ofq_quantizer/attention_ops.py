@@ -98,16 +98,21 @@ class _Operands(NamedTuple):
 
 
 def _probs(o: _Operands) -> Tensor:
-    q, k = integers(o.q, o.aq), integers(o.k, o.ak)
     if o.logits_fit():
-        logits = q @ k.transpose(-2, -1) * bounded(o.aq.scale)
-        if o.aq.bias_out is not None:
-            logits = logits + row_sum(k * o.aq.bias_out.float()).transpose(-2, -1)
-        logits = logits * (bounded(o.ak.scale) * o.scaling).expand(*k.shape[-3:-1], 1).transpose(-2, -1)
+        q, k = integers(o.q, o.aq), integers(o.k, o.ak)
+        logits = scaled_logits(q @ k.transpose(-2, -1), k, o.aq, o.ak, o.scaling)
     else:
         logits = _float(o.q, o.aq, o) @ _float(o.k, o.ak, o).transpose(-2, -1)
         logits = logits.float() * o.scaling
     return (logits if o.bias is None else logits + o.bias.float()).softmax(-1)
+
+
+def scaled_logits(sums: Tensor, k: Tensor, aq: Activation, ak: Activation, scaling: float) -> Tensor:
+    """q^ k^T scaling (..., N, M) from the products of the integers, and those of k (..., M, d)."""
+    logits = sums * bounded(aq.scale)
+    if aq.bias_out is not None:
+        logits = logits + row_sum(k * aq.bias_out.float()).transpose(-2, -1)
+    return logits * (bounded(ak.scale) * scaling).expand(*k.shape[-3:-1], 1).transpose(-2, -1)
 
 
 def _output(o: _Operands) -> Tensor:
@@ -115,10 +120,15 @@ def _output(o: _Operands) -> Tensor:
     if not o.values_fit():
         return _float(probs, o.ap, o) @ _float(o.v, o.av, o)
     p = integers(probs, o.ap)
-    out = p @ integers(o.v, o.av) * bounded(o.av.scale)
-    if o.av.bias_out is not None:
-        out = out + o.av.bias_out.float() * row_sum(p)
-    return out * bounded(o.ap.scale)
+    return scaled_values(p @ integers(o.v, o.av), p, o.av, o.ap)
+
+
+def scaled_values(sums: Tensor, p: Tensor, av: Activation, ap: Activation) -> Tensor:
+    """p^ v^ (..., N, d) from the products of the integers, and those of p (..., N, M)."""
+    out = sums * bounded(av.scale)
+    if av.bias_out is not None:
+        out = out + av.bias_out.float() * row_sum(p)
+    return out * bounded(ap.scale)
 
 
 def _float(x: Tensor, a: Activation, o: _Operands) -> Tensor:

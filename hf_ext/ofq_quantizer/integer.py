@@ -24,7 +24,7 @@ from hf_ext.ofq_quantizer.ops import code_range, integer_sums_fit
 from hf_ext.ofq_quantizer.quantizer import ActivationQuantizer, Switches
 
 
-def _in_graph() -> bool:
+def _compiling() -> bool:
     """Whether a compiler asks for tensor operations.
 
     Raises:
@@ -43,10 +43,10 @@ def to_int8(model: nn.Module) -> nn.Module:
     """A copy of a calibrated model that multiplies integers, for inference on the CPU.
 
     In float32 equal to `model` in evaluation mode, bit for bit; in other dtypes, and where a sum of products could
-    exceed 2^24, only close to it, of which the first such forward warns. torch.compile makes one graph of it, which is
-    to a compiled `model` what it is to `model` itself. NaN in the input counts as the lowest code.
+    exceed 2^24, only close to it, of which the first such forward warns. NaN in the input counts as the lowest code.
+    torch.compile makes one graph of it, of the same operations and without warnings.
 
-    It follows `load_state_dict` and casts; edits in place of its scales, shifts and biases it does not see.
+    It follows `load_state_dict` and casts; edits in place of its scales, shifts and biases it need not see.
 
     Raises:
         ValueError: the model is not on the CPU, not quantised, not calibrated, or a weight has NaN or inf.
@@ -166,6 +166,11 @@ class Int8Weight(FrozenWeight):
         kernels.rescale(sums, self._correction, quantizer.factors, self._step, offset, sums.view(np.float32))
         return acc.view(torch.float32)
 
+    def in_graph(self, x: Tensor, quantizer: Int8Quantizer, bias: Tensor | None) -> Tensor:
+        """x (B, T, columns) -> (B, T, rows) of its dtype, by tensor operations."""
+        a = quantizer.activation(x)
+        return integer_graph.linear(x, a, self.integers, self.weight_bits, self.step, bias)
+
 
 class Int8Linear(Int8Weight, FrozenLinear):
     """A linear layer that multiplies int8 by int8."""
@@ -175,8 +180,8 @@ class Int8Linear(Int8Weight, FrozenLinear):
             return super().product(x, quantizer, bias)
         self.executed = True
         tokens = x.unsqueeze(1) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(1, -2)
-        if _in_graph():
-            y = integer_graph.linear(tokens, self, quantizer, bias)
+        if _compiling():
+            y = self.in_graph(tokens, quantizer, bias)
         else:
             y = self.rescaled(quantizer.codes(tokens), quantizer, bias)
         return (y if x.dim() == 3 else y.view(*x.shape[:-1], self.out_features)).to(x.dtype)
@@ -189,9 +194,9 @@ class Int8Conv2d(Int8Weight, FrozenConv2d):
         if not self.switches.rounding:
             return super().forward(x)
         self.executed = True
-        if _in_graph():
+        if _compiling():
             patches, grid = self.patches(x)
-            y = integer_graph.linear(patches, self, self.input_quantizer, self.bias)
+            y = self.in_graph(patches, self.input_quantizer, self.bias)
             return y.transpose(1, 2).unflatten(2, grid)
         quantizer, (tall, wide) = self.input_quantizer, self.kernel_size
         rows, columns = x.shape[2] // tall, x.shape[3] // wide
@@ -214,8 +219,9 @@ def integer_attention(
     logit_bias: Tensor | None = None,
 ) -> Tensor:
     """What `quantized_attention` computes, by integer products; (B, N, h*d)."""
-    if _in_graph():
-        return integer_graph.attention(q, k, v, left, right, values, probs, scaling, logit_bias)
+    if _compiling():
+        read = (a.activation(x) for a, x in ((left, q), (right, k), (values, v), (probs, v)))  # of probs, tokens count
+        return integer_graph.attention(q, k, v, *read, scaling, logit_bias)
     batch, heads, tokens, width = v.shape
     for columns, one, other in ((q.shape[3], left, right), (tokens, probs, values)):
         _tell_if_close(values.switches, columns, one.largest, other.largest, v.dtype)

@@ -1,45 +1,28 @@
 """Linear layers and attention of integers as tensor operations, for the graphs of torch.compile.
 
-The order of operations is that of `integer_kernels`. A compiler joins them with what the host computes between two
-products, and spreads them over all threads, which the kernels do not.
+Sums are scaled as in `ops` and `attention_ops`. A compiler joins that with what the host computes between two products,
+and spreads it over all threads, which `integer_kernels` do not.
 """
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hf_ext.ofq_quantizer.attention_ops import scaled_logits, scaled_values
 from hf_ext.ofq_quantizer.integer_products import product
-from hf_ext.ofq_quantizer.ops import linear_offset
-from hf_ext.ofq_quantizer.quantizer_ops import bounded, ratio, row_sum
-
-if TYPE_CHECKING:
-    from hf_ext.ofq_quantizer.integer import Int8Quantizer, Int8Weight
-
-
-def codes(x: Tensor, quantizer: "Int8Quantizer") -> Tensor:
-    """float32, of the shape of x; NaN has the lowest."""
-    low, high = quantizer.limits[:2]
-    v = ratio(x, quantizer.activation(x))
-    return v.where(v > low, low).clamp(max=high).round()
-
-
-def narrow(whole: Tensor, zero: int = 0) -> Tensor:
-    """int8, less `zero`."""
-    return (whole - zero if zero else whole).to(torch.int8)
+from hf_ext.ofq_quantizer.kernels import Activation, code_range, code_shift
+from hf_ext.ofq_quantizer.ops import scaled_sums
+from hf_ext.ofq_quantizer.quantizer_ops import ratio
 
 
 @torch.no_grad()
-def linear(x: Tensor, layer: "Int8Weight", quantizer: "Int8Quantizer", bias: Tensor | None) -> Tensor:
-    """x (B, T, columns) -> (B, T, rows) of its dtype."""
-    a, zero, weight = quantizer.activation(x), quantizer.limits[2], layer.integers
-    left, right = narrow(codes(x, quantizer), zero).flatten(0, 1), weight.t()
-    sums = product(left[None, None], right[None, None], layer.weight_bits)[0, 0]
+def linear(x: Tensor, a: Activation, weight: Tensor, bits: int, step: Tensor, bias: Tensor | None) -> Tensor:
+    """x^ Wq^T + bias, (B, T, rows) of the dtype of x (B, T, columns); weight: the integers, int8 (rows, columns)."""
+    zero, codes = code_shift(a, torch.int8), _codes(x, a)
+    left, right = _narrow(codes, zero).flatten(0, 1), weight.t()
+    sums = product(left[None, None], right[None, None], bits)[0, 0].view(*x.shape[:2], len(weight))
     if zero:
         sums = sums + weight.sum(1, dtype=torch.int32) * zero
-    y = sums.view(*x.shape[:2], len(weight)).float() * bounded(a.scale) * layer.step
-    offset = linear_offset(weight, layer.step, None if bias is None else bias.float(), a)
-    return (y if offset is None else y + offset).to(x.dtype)
+    return scaled_sums(sums.float(), weight, step, None if bias is None else bias.float(), a).to(x.dtype)
 
 
 @torch.no_grad()
@@ -47,37 +30,30 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    left: "Int8Quantizer",
-    right: "Int8Quantizer",
-    values: "Int8Quantizer",
-    probs: "Int8Quantizer",
+    aq: Activation,
+    ak: Activation,
+    av: Activation,
+    ap: Activation,
     scaling: float,
     logit_bias: Tensor | None,
 ) -> Tensor:
-    """softmax(q k^T scaling + logit_bias) v with all four rounded, (B, N, h*d) of the dtype of v."""
-    p = _probabilities(q, k, left, right, scaling, logit_bias)
-    a, zero, p_codes, v_codes = values.activation(v), probs.limits[2], codes(p, probs), narrow(codes(v, values))
-    sums = product(narrow(p_codes, zero), v_codes, values.bits)
+    """What `quantized_attention` computes, (B, N, h*d) of the dtype of v."""
+    k_codes, v_codes, zero = _codes(k, ak), _narrow(_codes(v, av)), code_shift(ap, torch.int8)
+    sums = product(_narrow(_codes(q, aq)), _narrow(k_codes).transpose(2, 3), ak.bits)
+    logits = scaled_logits(sums.float(), k_codes, aq, ak, scaling)
+    p = _codes((logits if logit_bias is None else logits + logit_bias.float()).softmax(-1), ap)
+    sums = product(_narrow(p, zero), v_codes, av.bits)
     if zero:
         sums = sums + v_codes.sum(2, keepdim=True, dtype=torch.int32) * zero
-    out = sums.float() * bounded(a.scale)
-    if a.bias_out is not None:
-        out = out + a.bias_out.float() * p_codes.sum(3, keepdim=True)
-    return (out * bounded(probs.activation(p).scale)).transpose(1, 2).flatten(2).to(v.dtype)
+    return scaled_values(sums.float(), p, av, ap).transpose(1, 2).flatten(2).to(v.dtype)
 
 
-def _probabilities(
-    q: Tensor,
-    k: Tensor,
-    left: "Int8Quantizer",
-    right: "Int8Quantizer",
-    scaling: float,
-    logit_bias: Tensor | None,
-) -> Tensor:
-    query, key, k_codes = left.activation(q), right.activation(k), codes(k, right)
-    sums = product(narrow(codes(q, left)), narrow(k_codes).transpose(2, 3), right.bits)
-    logits = sums.float() * bounded(query.scale)
-    if query.bias_out is not None:
-        logits = logits + row_sum(k_codes * query.bias_out.float()).transpose(2, 3)
-    logits = logits * (bounded(key.scale) * scaling).expand(*k.shape[1:3], 1).transpose(1, 2)
-    return (logits if logit_bias is None else logits + logit_bias.float()).softmax(-1)
+def _codes(x: Tensor, a: Activation) -> Tensor:
+    """The integers as float32; the lowest for NaN, which int8 cannot hold."""
+    low, high = code_range(a.bits, a.positive)
+    v = ratio(x, a)
+    return v.where(v > low, low).clamp(max=high).round()
+
+
+def _narrow(codes: Tensor, zero: int = 0) -> Tensor:
+    return (codes - zero if zero else codes).to(torch.int8)

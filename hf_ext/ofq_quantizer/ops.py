@@ -139,10 +139,15 @@ def _linear(
         None if weight.dtype == torch.int8 else weight, bias, w.scale
     ):
         values, step = _narrow_integers(weight, w)
-        return integer_linear(x, a, values, step, linear_offset(values, step, bias, a))
+        return integer_linear(x, a, values, step, _offset(values, step, bias, a))
     odd, step = weight_integers(weight, w)
-    y = F.linear(integers(x, a), odd) * bounded(a.scale) * step
-    offset = linear_offset(odd, step, bias, a)
+    return scaled_sums(F.linear(integers(x, a), odd), odd, step, bias, a)
+
+
+def scaled_sums(sums: Tensor, values: Tensor, step: Tensor, bias: Tensor | None, a: Activation) -> Tensor:
+    """x^ Wq^T + bias (..., out) from the products of the integers, those of the weight (out, in), and its steps."""
+    y = sums * bounded(a.scale) * step
+    offset = _offset(values, step, bias, a)
     return y if offset is None else y + offset
 
 
@@ -156,7 +161,7 @@ def _narrow_integers(weight: Tensor, w: WeightQuantizer) -> tuple[Tensor, Tensor
     return kernels.quantized(weight, _rows(w), dtype)[:2]
 
 
-def linear_offset(values: Tensor, step: Tensor, bias: Tensor | None, a: Activation) -> Tensor | None:
+def _offset(values: Tensor, step: Tensor, bias: Tensor | None, a: Activation) -> Tensor | None:
     """bias + Wq bias_out (out,), from the weight's integers and steps."""
     if a.bias_out is None:
         return bias

@@ -180,6 +180,7 @@ def _along(scale: Tensor, x: Tensor, axis: int | None) -> Tensor:
 
 
 def ratio(x: Tensor, a: Activation) -> Tensor:
+    """(x + bias_in) / s', which `integers` rounds."""
     x = x.float()
     return (x if a.bias_in is None else x + a.bias_in.float()) / bounded(a.scale)
 
